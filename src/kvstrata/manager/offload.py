@@ -1,0 +1,133 @@
+"""Write-through: copying blocks that the host has registered to disk, oldest wish first.
+
+A block waits in the backlog by its key only, unpinned: if the host evicts it before its turn, it
+is simply not written. Back-pressure is therefore a shorter backlog, never a stalled engine.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvstrata.core.ids import SequenceHash, SlotId, TransferId
+from kvstrata.manager.state import BrainState
+from kvstrata.pool import Pin
+from kvstrata.transfer.base import JobDone, WriteJob
+
+__all__ = ["Offloading"]
+
+
+@dataclass(slots=True)
+class _Write:
+    job: WriteJob
+    host_pin: Pin
+    stale: bool = False  # cleared meanwhile: its index line must not stay
+
+
+class Offloading:
+    """Blocks on their way from host to disk."""
+
+    def __init__(self, state: BrainState) -> None:
+        self._state = state
+        self._backlog: OrderedDict[SequenceHash, None] = OrderedDict()
+        self._writes: dict[TransferId, _Write] = {}
+        self._writing: set[SequenceHash] = set()
+        self.written = 0
+
+    @property
+    def pending(self) -> int:
+        """Blocks waiting or being written."""
+        return len(self._backlog) + self._in_flight
+
+    @property
+    def _in_flight(self) -> int:
+        return sum(len(write.job.slots) for write in self._writes.values())
+
+    def resume_after(self, written: int) -> None:
+        """Continue the write counter of an earlier life of the store."""
+        self.written = max(self.written, written)
+
+    def wish(self, hashes: Sequence[SequenceHash]) -> None:
+        """Ask for `hashes` to be written when their turn comes."""
+        disk = self._state.disk
+        if disk is None:
+            return
+        room = self._state.limits.offload_backlog_blocks_max - len(self._backlog)
+        wanted = [key for key in hashes if key not in disk and key not in self._writing]
+        self._backlog.update(dict.fromkeys(wanted[: max(room, 0)]))
+        self._state.counters.throttled_write_blocks += max(len(wanted) - max(room, 0), 0)
+
+    def discard(self) -> None:
+        """Forget what waits; what is being written must not be found afterwards."""
+        self._backlog.clear()
+        self._writing.clear()  # a block that is stored again must be written again
+        for write in self._writes.values():
+            write.stale = True
+
+    def pump(self) -> None:
+        """Start as many writes as the limits allow."""
+        limits = self._state.limits
+        while self._backlog and self._in_flight < limits.offload_blocks_in_flight_max:
+            batch: list[SequenceHash] = []
+            while self._backlog and len(batch) < limits.job_blocks_max:
+                key = self._backlog.popitem(last=False)[0]
+                if key in self._state.host:
+                    batch.append(key)
+                else:
+                    self._state.counters.evicted_unwritten_blocks += 1
+            if batch:
+                self._start(batch)
+
+    def finish(self, done: JobDone) -> list[SlotId] | None:
+        """Take the end of a job; None if it was not one of ours.
+
+        Returns the disk slots whose index lines must be blanked; they are quarantined.
+        """
+        write = self._writes.pop(done.transfer, None)
+        if write is None:
+            return None
+        state, disk, job = self._state, self._state.disk, write.job
+        assert disk is not None
+        write.host_pin.release()
+        if write.stale:
+            disk.quarantine_filling(job.targets)
+            return list(job.targets)
+        self._writing.difference_update(job.keys)
+        good = [index for index, ok in enumerate(done.ok) if ok]
+        failed = [job.targets[index] for index, ok in enumerate(done.ok) if not ok]
+        disk.abort(failed)
+        state.counters.write_failed_blocks += len(failed)
+        state.counters.written_blocks += len(good)
+        slots = [job.targets[index] for index in good]
+        for index in good:
+            state.disk_seals[job.targets[index]] = job.checksums[index]
+        disk.stage(slots)
+        disk.register(
+            slots, [job.keys[index] for index in good], [job.parents[index] for index in good]
+        )
+        return []
+
+    def _start(self, keys: list[SequenceHash]) -> None:
+        state, host, disk = self._state, self._state.host, self._state.disk
+        assert disk is not None
+        count = min(len(keys), disk.available)
+        reservation = disk.reserve(count) if count else None
+        state.counters.throttled_write_blocks += len(keys) - (count if reservation else 0)
+        if reservation is None:
+            return
+        del keys[count:]
+        slots = [slot for slot in host.scan(keys) if slot is not None]
+        job = WriteJob(
+            transfer=state.next_transfer(),
+            slots=tuple(slots),
+            targets=tuple(reservation.slots),
+            keys=tuple(keys),
+            parents=tuple(host.parent_of(slot) for slot in slots),
+            checksums=tuple(state.host_seals[slot] for slot in slots),
+            written=self.written + 1,
+        )
+        self.written += count
+        self._writes[job.transfer] = _Write(job, host.pin(slots))
+        self._writing.update(keys)
+        state.outbox.append(job)

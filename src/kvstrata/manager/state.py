@@ -1,0 +1,79 @@
+"""What the parts of the brain share: the tiers, the seals, the counters, the jobs to give out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvstrata.core.config import Limits
+from kvstrata.core.ids import TransferId
+from kvstrata.pool import Pool
+from kvstrata.transfer.base import Job
+
+__all__ = ["BrainState", "Counters"]
+
+
+@dataclass(slots=True)
+class Counters:
+    """Everything that happened, in blocks unless named otherwise; nothing is dropped uncounted."""
+
+    lookups: int = 0
+    """Requests that looked for their prefix (each counted once, however often it asked)."""
+    hit_blocks_host: int = 0
+    """Blocks given to requests that were in the host when first looked for."""
+    hit_blocks_disk: int = 0
+    """Blocks given to requests that were staged from disk for them."""
+    stored_blocks: int = 0
+    """Blocks sealed and registered in the host."""
+    duplicate_blocks: int = 0
+    """Blocks sealed whose key had meanwhile been registered."""
+    written_blocks: int = 0
+    """Blocks written to disk."""
+    recovered_blocks: int = 0
+    """Blocks whose index lines were found on disk at start."""
+    corrupt_blocks: int = 0
+    """Blocks read from disk whose seal did not match; withdrawn, never served."""
+    read_failed_blocks: int = 0
+    """Blocks that could not be read from disk; withdrawn."""
+    write_failed_blocks: int = 0
+    """Blocks that could not be written to disk; they stay in the host."""
+    seal_failed_blocks: int = 0
+    """Blocks dropped because their seal could not be computed."""
+    staging_timeout_blocks: int = 0
+    """Blocks whose read from disk ended after its deadline; thrown away."""
+    throttled_reserve_blocks: int = 0
+    """Blocks an engine wanted to store while every host slot was held."""
+    throttled_stage_blocks: int = 0
+    """Blocks on disk that could not be staged because every host slot was held."""
+    throttled_write_blocks: int = 0
+    """Blocks not written to disk because its slots were held or the backlog was full."""
+    evicted_unwritten_blocks: int = 0
+    """Blocks that left the host before their turn to be written to disk."""
+    expired_holds: int = 0
+    """Requests that looked, were answered and never came back for their blocks."""
+
+
+@dataclass(slots=True)
+class BrainState:
+    """Owned by the manager; its parts keep references."""
+
+    host: Pool
+    """The host tier's slots."""
+    disk: Pool | None
+    """The disk tier's slots, or None."""
+    limits: Limits
+    """Bounds of queues, waits and batches."""
+    host_seals: list[bytes]
+    """Seal of the block in each host slot; meaningful while the slot is registered."""
+    disk_seals: list[bytes]
+    """Seal of the block in each disk slot; meaningful while the slot is registered."""
+    counters: Counters = field(default_factory=Counters)
+    """What happened so far."""
+    outbox: list[Job] = field(default_factory=list)
+    """Jobs decided on and not yet taken by `step`."""
+    last_transfer: int = 0
+    """The last transfer id given out."""
+
+    def next_transfer(self) -> TransferId:
+        """Return an id that no job of this brain had before."""
+        self.last_transfer += 1
+        return TransferId(self.last_transfer)

@@ -1,0 +1,442 @@
+"""One tier's slots. Single truth: `_state` for what a slot is, `_slot_of` for what is findable.
+
+Owner: the brain's one thread; there is no lock. Hot calls take whole sequences and keep to dict,
+list and OrderedDict operations.
+
+Leaf-first: a block is never evicted while a resident block names it as parent. Blocks are given
+to the policy deepest first, so a chain ages from its end and the rule almost never has to
+intervene. Where it does (a parent colder than a child that came later), the parent is put back
+as the hottest slot: it is at least as useful as the child that needs it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvstrata.core.ids import SequenceHash, SlotId
+from kvstrata.policy import EvictionPolicy
+from kvstrata.pool.pins import Pin
+from kvstrata.pool.states import LEGAL_MOVES, SlotState
+
+__all__ = ["Generations", "Pool", "PoolStatistics", "Reservation"]
+
+# As plain ints, which the interpreter compares faster than members of an IntEnum.
+_FREE, _FILLING, _STAGED = int(SlotState.FREE), int(SlotState.FILLING), int(SlotState.STAGED)
+_REGISTERED, _QUARANTINED = int(SlotState.REGISTERED), int(SlotState.QUARANTINED)
+
+
+class Generations(Protocol):
+    """One counter a slot: a list, or memory that readers in other processes see."""
+
+    def __getitem__(self, slot: int, /) -> int:
+        """Return the counter of `slot`."""
+
+    def __setitem__(self, slot: int, value: int, /) -> None:
+        """Set the counter of `slot`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """One snapshot; free + filling + staged + idle + in_use + quarantined == total, always."""
+
+    total: int
+    """Slots that the tier has."""
+    free: int
+    """Slots that hold nothing."""
+    filling: int
+    """Slots being written."""
+    staged: int
+    """Slots whose bytes are complete and not yet findable."""
+    idle: int
+    """Findable blocks that nobody pins."""
+    in_use: int
+    """Findable blocks that somebody pins."""
+    quarantined: int
+    """Slots that may be neither found nor reused."""
+    evictions: int
+    """Blocks evicted to make room since the pool was made."""
+    duplicates: int
+    """Second copies of a key that were dropped at registration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Slots given out for writing, and the keys that lost theirs for it."""
+
+    slots: list[SlotId]
+    """The slots, now `filling`."""
+    evicted: list[SequenceHash]
+    """Keys that are no longer in this tier."""
+
+
+class Pool:
+    """Slots 0 to `slots_total - 1` of one tier."""
+
+    def __init__(
+        self,
+        slots_total: int,
+        policy: EvictionPolicy,
+        generations: Generations | None = None,
+    ) -> None:
+        """Make a pool of free slots.
+
+        `generations` has one counter a slot, raised each time the slot is given out for writing;
+        a tier whose readers sit in other processes passes shared memory.
+        """
+        if slots_total < 1:
+            raise ValueError(f"a pool needs at least 1 slot, not {slots_total}")
+        self.slots_total = slots_total
+        self.generations: Generations = [0] * slots_total if generations is None else generations
+        self._policy = policy
+        self._state = bytearray(slots_total)
+        self._free = [SlotId(slot) for slot in range(slots_total - 1, -1, -1)]
+        self._hash: list[SequenceHash | None] = [None] * slots_total
+        self._parent: list[SequenceHash | None] = [None] * slots_total
+        self._pins = [0] * slots_total
+        self._slot_of: dict[SequenceHash, SlotId] = {}
+        self._children = [0] * slots_total  # resident blocks that name this slot's key as parent
+        self._orphans: dict[SequenceHash, int] = {}  # the same for parents that are not resident
+        self._evictions = 0
+        self._duplicates = 0
+
+    # -- finding -------------------------------------------------------------------------------
+
+    def match(self, hashes: Sequence[SequenceHash]) -> list[SlotId]:
+        """Return the slots of the longest resident prefix of `hashes`."""
+        if not hashes or hashes[0] not in self._slot_of:
+            return []  # an unknown prompt, however long, costs one lookup
+        found = list(map(self._slot_of.get, hashes))
+        if None in found:
+            del found[found.index(None) :]
+        return found  # type: ignore[return-value]  # no None is left
+
+    def scan(self, hashes: Iterable[SequenceHash]) -> list[SlotId | None]:
+        """Return the slot of each hash, or None where it is not resident."""
+        return list(map(self._slot_of.get, hashes))
+
+    def __contains__(self, sequence_hash: object) -> bool:
+        return sequence_hash in self._slot_of
+
+    def resident(self) -> list[SequenceHash]:
+        """Return every findable key; for tools and tests, it is as long as the pool."""
+        return list(self._slot_of)
+
+    def hash_of(self, slot: SlotId) -> SequenceHash | None:
+        """Return the key registered in `slot`, or None."""
+        return self._hash[slot]
+
+    def parent_of(self, slot: SlotId) -> SequenceHash | None:
+        """Return the key of the block before the one registered in `slot`, None at the root."""
+        return self._parent[slot]
+
+    @property
+    def available(self) -> int:
+        """Slots that a reservation may hope for: free ones and idle ones."""
+        return len(self._free) + len(self._policy)
+
+    # -- pinning -------------------------------------------------------------------------------
+
+    def pin(self, slots: Sequence[SlotId]) -> Pin:
+        """Hold registered `slots`, root first, until the returned pin is released."""
+        pins = self._pins
+        idle = []
+        for slot in slots:
+            assert self._state[slot] == _REGISTERED, f"pin of {slot=} {self._state[slot]=}"
+            if not pins[slot]:
+                idle.append(slot)
+            pins[slot] += 1
+        self._policy.reclaim(idle)
+        return Pin(slots, self._unpin)
+
+    def _unpin(self, slots: Sequence[SlotId]) -> None:
+        pins = self._pins
+        idle = []
+        for slot in reversed(slots):  # deepest first: a chain ages from its end
+            pins[slot] -= 1
+            assert pins[slot] >= 0, f"{slot=} released more often than pinned"
+            if pins[slot]:
+                continue
+            if self._state[slot] == _REGISTERED:
+                idle.append(slot)
+            else:  # withdrawn while in use: this was its last reader
+                self._free_now([slot])
+        self._policy.admit(idle)
+
+    def touch(self, slots: Sequence[SlotId]) -> None:
+        """Make registered `slots`, root first, the most recently used."""
+        self.pin(slots).release()
+
+    # -- writing -------------------------------------------------------------------------------
+
+    def reserve(self, count: int) -> Reservation | None:
+        """Return `count` slots to fill, evicting if need be, or None and nothing changed."""
+        free = self._free
+        evicted: list[SequenceHash] = []
+        if count > len(free):
+            made_room = self._evict(count - len(free))
+            if made_room is None:
+                return None
+            evicted = made_room
+        slots = free[len(free) - count :]
+        slots.reverse()  # a fresh pool hands out neighbours in rising order, which plans can merge
+        del free[len(free) - count :]
+        generations = self.generations
+        for slot in slots:
+            generations[slot] += 1
+        self._move(slots, _FREE, _FILLING)
+        return Reservation(slots, evicted)
+
+    def adopt(self, slots: Sequence[SlotId]) -> None:
+        """Take these free `slots` to staged: their tier kept the bytes over a restart."""
+        wanted = set(slots)
+        assert len(wanted) == len(slots), "a slot was adopted twice"
+        self._move(slots, _FREE, _FILLING)
+        self._move(slots, _FILLING, _STAGED)
+        self._free = [slot for slot in self._free if slot not in wanted]
+
+    def stage(self, slots: Sequence[SlotId]) -> None:
+        """Declare the bytes of filling `slots` complete."""
+        self._move(slots, _FILLING, _STAGED)
+
+    def abort(self, slots: Sequence[SlotId]) -> None:
+        """Give back filling or staged `slots` that nobody writes to any more."""
+        for slot in slots:
+            state = self._state[slot]
+            assert state in {_FILLING, _STAGED}, f"abort of {slot=} {state=}"
+            self._move([slot], state, _FREE)
+        self._free += slots
+
+    def register(
+        self,
+        slots: Sequence[SlotId],
+        hashes: Sequence[SequenceHash],
+        parents: Sequence[SequenceHash | None],
+    ) -> list[SlotId]:
+        """Make staged `slots` findable under `hashes`, given root first.
+
+        Returns the slots that were registered: where the key already has a slot, the second copy
+        is dropped and its slot is free again.
+        """
+        registered = []
+        slot_of, state, hash_of, parent_of = self._slot_of, self._state, self._hash, self._parent
+        children, orphans = self._children, self._orphans
+        last_key: SequenceHash | None = None
+        last_slot: SlotId | None = None
+        for slot, key, parent in zip(slots, hashes, parents, strict=True):
+            assert state[slot] == _STAGED, f"register of {slot=} {state[slot]=}"
+            holder = slot_of.setdefault(key, slot)
+            # In a chain the parent is the block before, which spares its lookup.
+            above = last_slot if parent is last_key else slot_of.get(parent)  # type: ignore[arg-type]
+            last_key, last_slot = key, holder
+            if holder != slot:
+                state[slot] = _FREE
+                self._free.append(slot)
+                self._duplicates += 1
+                continue
+            state[slot] = _REGISTERED
+            hash_of[slot] = key
+            if orphans:
+                children[slot] = orphans.pop(key, 0)
+            if above is not None:
+                parent_of[slot] = parent
+                children[above] += 1
+            elif parent is not None:
+                parent_of[slot] = parent
+                orphans[parent] = orphans.get(parent, 0) + 1
+            registered.append(slot)
+        self._policy.admit(reversed(registered))
+        return registered
+
+    # -- giving up -----------------------------------------------------------------------------
+
+    def withdraw(self, hashes: Iterable[SequenceHash], *, quarantine: bool = False) -> list[SlotId]:
+        """Make `hashes` unfindable and return the slots that held them.
+
+        A slot in use is freed by its last release. With `quarantine` an idle slot is held back
+        too, until `end_quarantine`.
+        """
+        slots = [slot for slot in map(self._slot_of.get, hashes) if slot is not None]
+        pins = self._pins
+        self._policy.reclaim([slot for slot in slots if not pins[slot]])
+        for slot in slots:
+            self._unregister(slot)
+            self._move([slot], _REGISTERED, _QUARANTINED)
+            if quarantine:
+                pins[slot] += 1  # the quarantine is one more holder: whoever leaves last frees
+            elif not pins[slot]:
+                self._free_now([slot])
+        return slots
+
+    def quarantine_filling(self, slots: Sequence[SlotId]) -> None:
+        """Hold back filling `slots` whose writer may still write, until `end_quarantine`."""
+        self._move(slots, _FILLING, _QUARANTINED)
+        for slot in slots:
+            self._pins[slot] += 1
+
+    def end_quarantine(self, slots: Sequence[SlotId]) -> None:
+        """Free quarantined `slots`: whatever could still have touched them has ended."""
+        for slot in slots:
+            assert self._state[slot] == _QUARANTINED, f"{slot=} is not quarantined"
+            self._pins[slot] -= 1
+            if not self._pins[slot]:
+                self._free_now([slot])
+
+    # -- looking -------------------------------------------------------------------------------
+
+    def statistics(self) -> PoolStatistics:
+        """Return one consistent snapshot."""
+        counts = Counter(self._state)
+        idle = len(self._policy)
+        return PoolStatistics(
+            total=self.slots_total,
+            free=len(self._free),
+            filling=counts[_FILLING],
+            staged=counts[_STAGED],
+            idle=idle,
+            in_use=counts[_REGISTERED] - idle,
+            quarantined=counts[_QUARANTINED],
+            evictions=self._evictions,
+            duplicates=self._duplicates,
+        )
+
+    def check(self) -> None:
+        """Assert that every structure agrees with every other; for tests, O(slots)."""
+        counts = Counter(self._state)
+        assert len(self._free) == counts[_FREE] == len(set(self._free)), "free list"
+        assert len(self._slot_of) == counts[_REGISTERED], "registry size"
+        children: Counter[SequenceHash] = Counter()
+        counted = Counter(self._orphans)
+        idle = 0
+        for key, slot in self._slot_of.items():
+            assert self._state[slot] == _REGISTERED, f"{slot=} is findable and not registered"
+            assert self._hash[slot] == key, f"{slot=} is registered under another key"
+            parent = self._parent[slot]
+            if parent is not None:
+                children[parent] += 1
+            counted[key] += self._children[slot]
+            idle += not self._pins[slot]
+        assert children == counted, "child counts"
+        assert self._orphans.keys().isdisjoint(self._slot_of), "orphans of a resident parent"
+        assert sum(self._children) == sum(counted.values()) - sum(self._orphans.values()), "leaves"
+        assert len(self._policy) == idle, f"policy holds {len(self._policy)}, {idle} are idle"
+        for index, state in enumerate(self._state):
+            held = self._pins[index] > 0
+            legal = held if state == _QUARANTINED else (not held or state == _REGISTERED)
+            assert legal, f"slot {index} in state {state} has {self._pins[index]} pins"
+
+    # -- private -------------------------------------------------------------------------------
+
+    def _move(self, slots: Sequence[SlotId], source: int, target: int) -> None:
+        assert (source, target) in LEGAL_MOVES, f"{source} -> {target} is not a move"
+        state = self._state
+        for slot in slots:
+            assert state[slot] == source, f"{slot=} is {state[slot]}, not {source}"
+            state[slot] = target
+
+    def _free_now(self, slots: Sequence[SlotId]) -> None:
+        self._move(slots, _QUARANTINED, _FREE)
+        self._free += slots
+
+    def _unregister(self, slot: SlotId) -> None:
+        key = self._hash[slot]
+        assert key is not None, f"{slot=} has no key"
+        del self._slot_of[key]
+        self._hash[slot] = None
+        if left := self._children[slot]:
+            self._orphans[key] = left
+            self._children[slot] = 0
+        parent = self._parent[slot]
+        if parent is not None:
+            self._parent[slot] = None
+            self._drop_child(parent)
+
+    def _add_child(self, parent: SequenceHash) -> None:
+        above = self._slot_of.get(parent)
+        if above is not None:
+            self._children[above] += 1
+        else:
+            self._orphans[parent] = self._orphans.get(parent, 0) + 1
+
+    def _drop_child(self, parent: SequenceHash) -> SlotId | None:
+        """Count a child less; returns the parent's slot if it is resident."""
+        above = self._slot_of.get(parent)
+        if above is not None:
+            self._children[above] -= 1
+        elif left := self._orphans.pop(parent) - 1:
+            self._orphans[parent] = left
+        return above
+
+    def _evict(self, count: int) -> list[SequenceHash] | None:
+        """Free the slots of `count` idle leaves, coldest first, or change nothing."""
+        policy = self._policy
+        taken: list[SlotId] = []
+        chosen: list[SlotId] = []
+        parents: dict[SlotId, None] = {}  # victims that a resident block hangs on
+        while len(chosen) < count:
+            batch = policy.victims(count - len(chosen)) or policy.victims(len(policy))
+            if not batch:
+                break
+            taken += batch
+            self._choose(batch, chosen, parents)
+        if len(chosen) < count:
+            self._choose_bared(count, chosen, parents)
+        if len(chosen) < count:
+            for slot in chosen:
+                parent = self._parent[slot]
+                if parent is not None:
+                    self._add_child(parent)
+            self._return_victims(taken)
+            return None
+        policy.admit(parents)
+        return self._forget(chosen)
+
+    def _choose(
+        self, batch: list[SlotId], chosen: list[SlotId], parents: dict[SlotId, None]
+    ) -> None:
+        """Sort victims into leaves, which are chosen, and slots that a resident block needs."""
+        slot_of, children, parent_of = self._slot_of, self._children, self._parent
+        for slot in batch:
+            if children[slot]:
+                parents[slot] = None
+                continue
+            chosen.append(slot)
+            parent = parent_of[slot]
+            if parent is None:
+                continue
+            above = slot_of.get(parent)
+            if above is not None:  # as _drop_child does, without a call for each block
+                children[above] -= 1
+            else:
+                self._drop_child(parent)
+
+    def _choose_bared(self, count: int, chosen: list[SlotId], parents: dict[SlotId, None]) -> None:
+        """Nothing but parents is left: choose those whose children have all been chosen."""
+        leaves = [slot for slot in parents if not self._children[slot]]
+        while leaves and len(chosen) < count:
+            slot = leaves.pop()
+            del parents[slot]
+            chosen.append(slot)
+            parent = self._parent[slot]
+            if parent is not None:
+                above = self._drop_child(parent)
+                if above in parents and not self._children[above]:
+                    leaves.append(above)
+
+    def _return_victims(self, taken: list[SlotId]) -> None:
+        rest = self._policy.victims(len(self._policy))
+        self._policy.admit(taken + rest)  # the order of before: a refusal changes nothing
+
+    def _forget(self, slots: list[SlotId]) -> list[SequenceHash]:
+        """Free idle leaves that already left the policy and their parents' counts."""
+        slot_of, hashes, parents, state = self._slot_of, self._hash, self._parent, self._state
+        keys = [key for key in map(hashes.__getitem__, slots) if key is not None]
+        for slot, key in zip(slots, keys, strict=True):
+            del slot_of[key]
+            hashes[slot] = parents[slot] = None
+            state[slot] = _FREE
+        self._free += slots
+        self._evictions += len(slots)
+        return keys
