@@ -1,0 +1,1 @@
+"""What owns bytes: the shared host arena and the slab file. Knows slots, not policies."""

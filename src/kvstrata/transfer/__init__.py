@@ -1,0 +1,1 @@
+"""Moving bytes: the pure planner, the backend seam, the executor. Decides nothing."""

@@ -1,0 +1,1 @@
+"""Movers of bytes behind `TransferBackend`: memcpy, posix, and the seal of blocks in memory."""

@@ -1,0 +1,234 @@
+"""Carries out the brain's jobs: each is a short list of stages, each stage one backend transfer.
+
+    seal    seal the host blocks
+    read    file -> host            then seal what arrived (the brain compares)
+    write   seal the host blocks, drop those that differ; host -> file; index lines -> file
+    erase   blank index lines -> file
+
+Owner: the daemon's one thread. Queues are bounded by `jobs_max`; a job that does not fit is
+refused and the brain keeps it. Each accepted job ends in exactly one `JobDone`. Deadlines are the
+brain's: it stops waiting and quarantines the target, and still gets the JobDone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvstrata.core.config import Limits
+from kvstrata.core.ids import SequenceHash, TransferId
+from kvstrata.storage.arena import Arena
+from kvstrata.storage.base import MemoryRegion, StoredBlock
+from kvstrata.storage.entry import BLANK_ENTRY, ENTRY_BYTES, encode_entry
+from kvstrata.storage.slab import Slab
+from kvstrata.transfer.backends.posix import PosixBackend
+from kvstrata.transfer.backends.sealer import SealerBackend, SealRequest
+from kvstrata.transfer.base import (
+    Completion,
+    CopyOp,
+    EraseJob,
+    Job,
+    JobDone,
+    Outcome,
+    ReadJob,
+    SealJob,
+    TransferBackend,
+    WriteJob,
+)
+from kvstrata.transfer.plan import plan_copy
+
+__all__ = ["Executor"]
+
+
+@dataclass(slots=True)
+class _Running:
+    job: Job
+    ok: list[bool]
+    ops: list[CopyOp] = field(default_factory=list)
+    seals: list[bytes] = field(default_factory=list)
+    reason: str = ""
+    stages: list[Callable[[_Running], bool]] = field(default_factory=list)
+
+
+class Executor:
+    """Runs jobs over one arena and, if there is one, one slab."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        slab: Slab | None,
+        fingerprint: bytes,
+        limits: Limits,
+        *,
+        notify: Callable[[], None] = lambda: None,
+        mover: TransferBackend | None = None,
+        jobs_max: int = 1024,
+    ) -> None:
+        """Start the backends; `notify` is called from their threads when there is news.
+
+        `mover` replaces the posix backend, for other backends and for wrappers.
+        """
+        self._arena, self._slab, self._fingerprint = arena, slab, fingerprint
+        self._jobs_max = jobs_max
+        self._mover: TransferBackend = mover or PosixBackend(
+            threads=limits.transfer_threads, queue_transfers_max=jobs_max, notify=notify
+        )
+        self._sealer: TransferBackend = SealerBackend(
+            threads=limits.checksum_threads, queue_transfers_max=jobs_max, notify=notify
+        )
+        self._running: dict[TransferId, _Running] = {}
+        self._closed = False
+
+    def try_submit(self, job: Job) -> bool:
+        """Start `job`, or return False because as many as allowed are running."""
+        if self._closed or len(self._running) >= self._jobs_max:
+            return False
+        blocks = job.targets if isinstance(job, EraseJob) else job.slots
+        running = _Running(job, [True] * len(blocks))
+        match job:
+            case SealJob():
+                running.stages = [self._seal]
+            case ReadJob():
+                running.stages = [self._read, self._seal]
+            case WriteJob():
+                running.stages = [self._seal, self._write, self._write_entries]
+            case EraseJob():
+                running.stages = [self._erase]
+        self._running[job.transfer] = running
+        self._advance(running)
+        return True
+
+    def poll(self) -> list[JobDone]:
+        """Return the jobs that ended since the last call."""
+        ended = []
+        for completion in [*self._mover.poll(), *self._sealer.poll()]:
+            running = self._running[completion.transfer]
+            self._note(running, completion)
+            if running.stages and self._closed:
+                running.ok = [False] * len(running.ok)  # its next stage has nowhere to run
+                running.reason = running.reason or "closed"
+            cancelled = completion.outcome is Outcome.CANCELLED
+            if running.stages and any(running.ok) and not cancelled:
+                self._advance(running)
+                continue
+            del self._running[completion.transfer]
+            ended.append(
+                JobDone(
+                    completion.transfer, tuple(running.ok), tuple(running.seals), running.reason
+                )
+            )
+        return ended
+
+    def cancel(self, transfer: TransferId) -> None:
+        """Ask for an early end of a job; it still ends in a JobDone."""
+        if transfer in self._running:
+            self._mover.cancel(transfer)
+            self._sealer.cancel(transfer)
+
+    @property
+    def running(self) -> int:
+        """Jobs accepted and not yet ended."""
+        return len(self._running)
+
+    def close(self) -> None:
+        """Stop the backends; jobs that had not begun are dropped."""
+        self._closed = True
+        self._mover.close()
+        self._sealer.close()
+
+    # -- stages --------------------------------------------------------------------------------
+
+    def _advance(self, running: _Running) -> None:
+        stage = running.stages.pop(0)
+        accepted = stage(running)
+        assert accepted, "a backend's queue is shorter than jobs_max"
+
+    def _note(self, running: _Running, completion: Completion) -> None:
+        running.reason = running.reason or completion.reason
+        for failed in completion.failed_ops:
+            op = running.ops[failed]
+            running.ok[op.first : op.first + op.count] = [False] * op.count
+        if isinstance(running.job, WriteJob) and running.seals and running.stages:
+            for index, expected in enumerate(running.job.checksums):
+                if running.seals[index] != expected:  # memory changed under us: never write it
+                    running.ok[index] = False
+                    running.reason = running.reason or "host block differs from its seal"
+
+    def _binding(self, key: SequenceHash) -> bytes:
+        return key + self._fingerprint
+
+    def _seal(self, running: _Running) -> bool:
+        job = running.job
+        assert not isinstance(job, EraseJob)
+        grid = self._arena.grid
+        running.ops = [
+            CopyOp(grid.offset(slot), 0, grid.block_bytes, index)
+            for index, slot in enumerate(job.slots)
+        ]
+        running.seals = [b""] * len(job.slots)
+        bindings = tuple(map(self._binding, job.keys))
+        request = SealRequest(self._arena.region, bindings, running.seals)
+        return self._sealer.submit(job.transfer, running.ops, request, None)
+
+    def _read(self, running: _Running) -> bool:
+        job, slab = running.job, self._slab
+        assert isinstance(job, ReadJob)
+        assert slab is not None
+        pairs = list(zip(job.sources, job.slots, strict=True))
+        running.ops = plan_copy(pairs, slab.grid, self._arena.grid)
+        return self._mover.submit(job.transfer, running.ops, slab.region, self._arena.region)
+
+    def _write(self, running: _Running) -> bool:
+        job, slab = running.job, self._slab
+        assert isinstance(job, WriteJob)
+        assert slab is not None
+        chosen = [index for index, ok in enumerate(running.ok) if ok]
+        pairs = [(job.slots[index], job.targets[index]) for index in chosen]
+        if len(chosen) == len(job.slots):
+            running.ops = plan_copy(pairs, self._arena.grid, slab.grid)
+        else:  # one op a block: its number in the plan is not its number in the job
+            planned = plan_copy(pairs, self._arena.grid, slab.grid, op_bytes_max=1)
+            running.ops = [_renumber(op, chosen[op.first]) for op in planned]
+        return self._mover.submit(job.transfer, running.ops, self._arena.region, slab.region)
+
+    def _write_entries(self, running: _Running) -> bool:
+        job, slab = running.job, self._slab
+        assert isinstance(job, WriteJob)
+        assert slab is not None
+        last = len(job.slots) - 1
+        lines = {
+            index: encode_entry(
+                StoredBlock(
+                    slot=job.targets[index],
+                    key=job.keys[index],
+                    parent=job.parents[index],
+                    checksum=job.checksums[index],
+                    written=job.written + last - index,
+                ),
+                slab.grid.block_bytes,
+            )
+            for index, ok in enumerate(running.ok)
+            if ok
+        }
+        return self._submit_lines(running, slab, job.targets, lines)
+
+    def _erase(self, running: _Running) -> bool:
+        job, slab = running.job, self._slab
+        assert isinstance(job, EraseJob)
+        assert slab is not None
+        lines = dict.fromkeys(range(len(job.targets)), BLANK_ENTRY)
+        return self._submit_lines(running, slab, job.targets, lines)
+
+    def _submit_lines(
+        self, running: _Running, slab: Slab, targets: tuple[int, ...], lines: dict[int, bytes]
+    ) -> bool:
+        buffer = MemoryRegion(memoryview(bytearray(b"".join(lines.values()))))
+        running.ops = [
+            CopyOp(place * ENTRY_BYTES, slab.entry_offset(targets[index]), ENTRY_BYTES, index)
+            for place, index in enumerate(lines)
+        ]
+        return self._mover.submit(running.job.transfer, running.ops, buffer, slab.region)
+
+
+def _renumber(op: CopyOp, first: int) -> CopyOp:
+    return CopyOp(op.source_offset, op.target_offset, op.length, first, op.count)
