@@ -1,0 +1,223 @@
+"""The library's way in: keep numpy arrays by token prefix, with no engine at all."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import numpy as np
+
+from kvstrata.core.config import BLOCK_TOKENS_DEFAULT, NodeConfig, parse_tiers
+from kvstrata.core.errors import ConfigError, DaemonGoneError
+from kvstrata.core.ids import SequenceHash
+from kvstrata.layout import BlockLayout, Dimension
+from kvstrata.runtime import messages as wire
+from kvstrata.runtime.admin import wait_until_idle
+from kvstrata.runtime.session import Session, SessionLimits
+from kvstrata.storage.arena import Arena
+from kvstrata.tokens import Namespace, lineage_digests, sequence_hashes
+from kvstrata.tokens.lineage import TokenIds
+from kvstrata.tokens.namespace import ModelKey, NamespaceKey, salted_key
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+__all__ = ["Client"]
+
+_POLL_S: Final = 0.001
+
+
+class Client:
+    """Stores and loads one array a block of tokens.
+
+    A block is the array of `block_tokens` consecutive tokens, of `block_shape` and `dtype`; it is
+    found again only behind the same tokens before it, in the same namespace and for the same salt.
+    Not thread-safe: one client a thread.
+    """
+
+    _arena: Arena
+    _key: NamespaceKey
+
+    def __init__(  # noqa: PLR0913  # settings, all by name
+        self,
+        *,
+        block_shape: Sequence[int],
+        dtype: DTypeLike,
+        block_tokens: int = BLOCK_TOKENS_DEFAULT,
+        namespace: str = "default",
+        salt: str = "",
+        tiers: str = "host:256MiB",
+        address: str | None = None,
+        limits: SessionLimits | None = None,
+    ) -> None:
+        """Connect to the daemon at `address`, or start a private one with `tiers`.
+
+        `namespace` names what the arrays are (a model and its revision); `salt` a tenant. Raises
+        ConfigError for a setting that cannot be served, DaemonError if no daemon answers.
+        """
+        self._dtype = _dtype(dtype)
+        shape = tuple(int(size) for size in block_shape)
+        self._layout = BlockLayout(
+            tuple(Dimension(f"axis{axis}", size) for axis, size in enumerate(shape)),
+            self._dtype.name,
+            block_tokens,
+            writer="array",
+        )
+        self._shape = shape
+        where = address or NodeConfig(parse_tiers(tiers))
+        self._session = Session(
+            where,
+            self._layout,
+            Namespace(
+                model=namespace,
+                weights="",
+                numerics="",
+                kv_dtype=self._dtype.name,
+                geometry=self._layout.geometry,
+                block_tokens=block_tokens,
+            ),
+            limits,
+        )
+        self._salt = salt
+        self._requests = map(str, itertools.count())
+        self._session.open()
+        self._epoch = 0
+        try:
+            self._attach()
+        except BaseException:
+            self._session.close()
+            raise
+
+    @property
+    def address(self) -> str:
+        """The daemon's address, for other clients and for `kvstrata stats`."""
+        return self._session.daemon_address
+
+    def lookup(self, tokens: TokenIds) -> int:
+        """Return how many leading tokens of `tokens` are kept: what needs no computing."""
+        self._attach()
+        hashes = self._hashes(tokens)
+        request = next(self._requests)
+        ready = self._wait_ready(request, hashes)
+        self._session.release([request])
+        return ready * self._layout.block_tokens
+
+    def put(self, tokens: TokenIds, blocks: ArrayLike) -> int:
+        """Store one array for each full block of `tokens`; return how many are new.
+
+        `blocks` has shape `(full blocks, *block_shape)`; ValueError if not. Blocks that are kept
+        already are left as they are; where no slot is free the rest is not stored, which a later
+        `lookup` shows. Returns once the blocks can be found.
+        """
+        self._attach()
+        hashes = self._hashes(tokens)
+        arrays = np.asarray(blocks)
+        expected = (len(hashes), *self._shape)
+        if arrays.shape != expected or arrays.dtype != self._dtype:
+            raise ValueError(
+                f"blocks: {arrays.dtype} {arrays.shape} is not {self._dtype} {expected}, "
+                f"one array for each of {len(hashes)} full blocks"
+            )
+        request = next(self._requests)
+        reserved = self._session.reserve(request, None, hashes)
+        for index, slot in zip(reserved.indices, reserved.slots, strict=True):
+            self._slot_array(slot)[...] = arrays[index]
+        self._session.seal(request, reserved.slots)
+        if reserved.indices:
+            self._wait_ready(request, hashes[: reserved.indices[-1] + 1])
+            self._session.release([request])
+        return len(reserved.slots)
+
+    def get(self, tokens: TokenIds) -> NDArray[Any]:
+        """Return the kept arrays of the longest kept prefix, shape `(blocks, *block_shape)`.
+
+        An empty first axis means that nothing of it is kept.
+        """
+        self._attach()
+        hashes = self._hashes(tokens)
+        request = next(self._requests)
+        ready = self._wait_ready(request, hashes)
+        found = self._session.acquire(request, hashes[:ready])
+        generations = self._arena.generations
+        result = np.empty((len(found.slots), *self._shape), self._dtype)
+        whole = 0
+        for slot, generation in zip(found.slots, found.generations, strict=True):
+            if generations[slot] != generation:
+                break
+            result[whole] = self._slot_array(slot)
+            if generations[slot] != generation:
+                break  # the slot was given to another block while we read it
+            whole += 1
+        self._session.release([request])
+        return result[:whole]
+
+    def stats(self) -> dict[str, Any]:
+        """Return the daemon's counters and the state of its tiers."""
+        self._attach()
+        return self._session.call(wire.Stats(), wire.StatsAnswer).stats
+
+    def clear(self, tiers: Sequence[str] = ("host", "disk")) -> int:
+        """Forget every block of every client in `tiers`; return how many there were."""
+        self._attach()
+        return self._session.call(wire.Clear(list(tiers)), wire.Cleared).blocks
+
+    def wait_idle(self, timeout_s: float = 30.0) -> None:
+        """Wait until what was put has been written to disk; CallTimeoutError if that is longer."""
+        self._attach()
+        wait_until_idle(self.stats, timeout_s)
+
+    def close(self) -> None:
+        """Leave the daemon, or end it if it is ours; twice is harmless."""
+        self._arena.close()
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _attach(self) -> None:
+        """Map the arena of the session at hand; a new one if the daemon was lost and is back."""
+        if not self._session.usable():
+            raise DaemonGoneError("the daemon is gone; calls work again once it is back")
+        if self._epoch == self._session.epoch:
+            return
+        welcome = self._session.welcome
+        assert welcome is not None, "a usable session has been welcomed"
+        if self._epoch:
+            self._arena.close()
+        self._key = salted_key(ModelKey(welcome.model_key), self._salt)
+        self._arena = Arena.attach(welcome.arena, self._layout)
+        self._epoch = self._session.epoch
+
+    def _hashes(self, tokens: TokenIds) -> list[SequenceHash]:
+        digests = lineage_digests(tokens, self._layout.block_tokens)
+        return sequence_hashes(self._key, digests)
+
+    def _wait_ready(self, request: str, hashes: Sequence[SequenceHash]) -> int:
+        """Return how many leading blocks are in the host; the daemon bounds the waiting."""
+        while (found := self._session.lookup(request, hashes)).pending:
+            time.sleep(_POLL_S)
+        return found.ready
+
+    def _slot_array(self, slot: int) -> NDArray[Any]:
+        return np.frombuffer(self._arena.slot(slot), self._dtype).reshape(self._shape)
+
+
+def _dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    try:
+        return np.dtype(dtype)
+    except TypeError as error:
+        raise ConfigError(
+            f"dtype: numpy does not know {dtype!r}",
+            hint="use a type of numpy, or one registered with it such as ml_dtypes.bfloat16",
+        ) from error

@@ -1,0 +1,133 @@
+"""One client's line to a daemon: calls with ids and deadlines, waited for or polled.
+
+Not thread-safe; one owner. A call that timed out leaves the daemon's view unknown, so the owner
+closes the link and says hello again rather than guess (`runtime.session` does).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TypeVar
+
+import msgspec
+import zmq
+
+from kvstrata.core.errors import (
+    CallRefusedError,
+    CallTimeoutError,
+    ConfigError,
+    DaemonGoneError,
+)
+from kvstrata.runtime import messages as wire
+from kvstrata.runtime.addresses import check_address
+from kvstrata.runtime.process import ProcessWatch, start_ticks
+
+__all__ = ["Link"]
+
+AnswerT = TypeVar("AnswerT", bound=wire.Answer)
+
+_RECONNECT_MS = 50
+
+
+class Link:
+    """A DEALER socket to one daemon."""
+
+    def __init__(self, address: str) -> None:
+        """Connect; that there is a daemon shows only when it answers."""
+        self.address = check_address(address)
+        self.session = 0
+        self._watch: ProcessWatch | None = None
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        self._socket.reconnect_ivl = _RECONNECT_MS
+        self._socket.connect(self.address)
+        self._last_id = 0
+        self._answers: dict[int, wire.Answer] = {}
+        self._awaited: set[int] = set()
+
+    def watch(self, pid: int) -> None:
+        """From now on notice the end of the daemon's process `pid` at once."""
+        self._watch = ProcessWatch(pid, start_ticks(pid))
+
+    def send(self, call: wire.Call, timeout_s: float) -> int:
+        """Send `call` and return its id for `try_receive`.
+
+        Raises DaemonGoneError if the daemon ended: another one may listen there by now, and it
+        knows nothing of our session.
+        """
+        self._check_alive()
+        self._last_id += 1
+        deadline = time.monotonic() + timeout_s
+        envelope = wire.Envelope(self._last_id, deadline, self.session, call)
+        try:
+            self._socket.send(wire.encode(envelope), zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise DaemonGoneError(f"nothing takes calls at {self.address}") from error
+        self._awaited.add(self._last_id)
+        return self._last_id
+
+    def try_receive(self, call_id: int) -> wire.Answer | None:
+        """Return the answer to a call if it is there; raises DaemonGoneError if none can come."""
+        while True:
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            try:
+                reply = wire.decode_reply(data)
+            except msgspec.MsgspecError as error:
+                raise DaemonGoneError(f"{self.address} does not speak our protocol") from error
+            if reply.id in self._awaited:
+                self._answers[reply.id] = reply.answer
+        if call_id in self._answers:
+            self._awaited.discard(call_id)
+            return self._answers.pop(call_id)
+        self._check_alive()
+        return None
+
+    def call(self, call: wire.Call, kind: type[AnswerT], timeout_s: float) -> AnswerT:
+        """Send `call` and wait for its answer of type `kind`.
+
+        Raises CallTimeoutError, DaemonGoneError, CallRefusedError, or ConfigError where the daemon
+        says that the operator must change something.
+        """
+        deadline = time.monotonic() + timeout_s
+        call_id = self.send(call, timeout_s)
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        if self._watch and self._watch.fileno() >= 0:
+            poller.register(self._watch.fileno(), zmq.POLLIN)
+        while (answer := self.try_receive(call_id)) is None:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                self._awaited.discard(call_id)
+                raise CallTimeoutError(
+                    f"{type(call).__name__} had no answer from {self.address} in {timeout_s} s"
+                )
+            poller.poll(max(1, int(left_s * 1000)))
+        return expect(answer, kind)
+
+    def _check_alive(self) -> None:
+        if self._watch and self._watch.ended():
+            raise DaemonGoneError(f"the daemon (pid {self._watch.pid}) ended")
+
+    def close(self) -> None:
+        """Close the line; twice is harmless."""
+        if self._context.closed:
+            return
+        self._socket.close()
+        self._context.term()
+        if self._watch:
+            self._watch.close()
+
+
+def expect(answer: wire.Answer, kind: type[AnswerT]) -> AnswerT:
+    """Return `answer` if it is of `kind`, else raise what it says."""
+    if isinstance(answer, wire.Refused):
+        if answer.kind == "config":
+            raise ConfigError(answer.message, hint=answer.hint)
+        raise CallRefusedError(answer.message)
+    if not isinstance(answer, kind):
+        raise CallRefusedError(f"the daemon answered {type(answer).__name__}, not {kind.__name__}")
+    return answer

@@ -1,0 +1,92 @@
+"""One layout's tiers at work: stores, pools, brain and executor put together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import Any
+
+from kvstrata.core.config import NodeConfig
+from kvstrata.core.tier import Tier
+from kvstrata.layout import BlockLayout
+from kvstrata.manager import Manager
+from kvstrata.policy import LruPolicy
+from kvstrata.pool import Pool
+from kvstrata.storage.arena import Arena
+from kvstrata.storage.slab import Slab
+from kvstrata.transfer.base import Job
+from kvstrata.transfer.executor import Executor
+
+__all__ = ["Node"]
+
+
+class Node:
+    """Owner: the daemon's one thread; `notify` is the only thing called from others."""
+
+    def __init__(self, config: NodeConfig, layout: BlockLayout, notify: Callable[[], None]) -> None:
+        """Open the stores for `layout`; raises ConfigError and leaves nothing open."""
+        self.layout = layout
+        self.slab: Slab | None = None
+        if config.disk and config.disk.directory:
+            self.slab = Slab.open(config.disk.directory, config.disk.capacity_bytes, layout)
+        try:
+            self.arena = Arena.create(config.host.capacity_bytes, layout)
+        except BaseException:
+            if self.slab:
+                self.slab.close()
+            raise
+        host = Pool(self.arena.grid.slots, LruPolicy(), self.arena.generations)
+        disk = Pool(self.slab.grid.slots, LruPolicy()) if self.slab else None
+        self.manager = Manager(host, disk, config.limits)
+        if self.slab:
+            self.manager.recover(self.slab.recover(), self.slab.floor)
+        self._pools = {"host": host} | ({"disk": disk} if disk else {})
+        self._executor = Executor(
+            self.arena, self.slab, layout.fingerprint, config.limits, notify=notify
+        )
+        self._waiting: deque[Job] = deque()
+
+    def work(self, now: float) -> None:
+        """Take what has ended, decide, start what follows; never waits."""
+        for transfer in self.manager.late(now):
+            self._executor.cancel(transfer)
+        for done in self._executor.poll():
+            self.manager.complete(done)
+        self._waiting += self.manager.step(now)
+        while self._waiting and self._executor.try_submit(self._waiting[0]):
+            self._waiting.popleft()
+
+    def clear(self, tiers: Collection[Tier]) -> int:
+        """Forget every block in `tiers`, for a restart too; return how many there were."""
+        count = self.manager.clear(tiers)
+        if self.slab and Tier.DISK in tiers:
+            self.slab.forget_until(self.manager.written)
+        return count
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is on its way or held, so that time matters."""
+        return bool(self.manager.pending or self.manager.holds)
+
+    def statistics(self) -> dict[str, Any]:
+        """Return counters and tier states as plain names and numbers."""
+        return {
+            "layout": self.layout.describe(),
+            "block_bytes": self.layout.block_bytes,
+            "block_tokens": self.layout.block_tokens,
+            "pending": self.manager.pending,
+            "holds": self.manager.holds,
+            "counters": dataclasses.asdict(self.manager.counters)
+            | {"torn_index_entries": self.slab.torn_entries if self.slab else 0},
+            "tiers": {
+                name: dataclasses.asdict(pool.statistics()) for name, pool in self._pools.items()
+            },
+        }
+
+    def close(self) -> None:
+        """Stop moving bytes and give everything back; what was written stays on disk."""
+        self._executor.close()
+        self.arena.close()
+        if self.slab:
+            self.slab.close()

@@ -1,0 +1,70 @@
+"""The cluster secret: 32 bytes under which every key is made."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from kvstrata.core.config import NodeConfig
+from kvstrata.core.errors import ConfigError
+
+__all__ = ["SECRET_NAME", "load_secret"]
+
+SECRET_NAME: Final = "secret"  # noqa: S105  # a file's name
+"""Name of the file beside the disk tier's blocks."""
+_SECRET_BYTES: Final = 32
+
+
+def load_secret(config: NodeConfig) -> bytes:
+    """Return the secret: from its file, made there if missing, or a fresh one without a disk.
+
+    Keys made under a lost secret are never found again, so it is kept where the blocks are.
+    Raises ConfigError if the file cannot be read or does not hold 32 bytes.
+    """
+    if config.secret_file is not None:
+        return _read(Path(config.secret_file), "secret_file")
+    if config.disk is None or config.disk.directory is None:
+        return os.urandom(_SECRET_BYTES)
+    path = Path(config.disk.directory).expanduser() / SECRET_NAME
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            _write(unfinished)
+            try:
+                os.link(unfinished, path)  # whole or not there: a crash leaves no half secret
+            finally:
+                unfinished.unlink()
+    except FileExistsError:
+        return _read(path, "tiers.disk")
+    except OSError as error:
+        raise ConfigError(
+            f"tiers.disk: directory {config.disk.directory!r} cannot be written ({error.strerror})",
+            hint="choose a directory that this user may write to",
+        ) from error
+    return _read(path, "tiers.disk")
+
+
+def _write(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(os.urandom(_SECRET_BYTES))
+        file.flush()
+        os.fsync(descriptor)
+
+
+def _read(path: Path, field: str) -> bytes:
+    try:
+        secret = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{field}: secret {str(path)!r} cannot be read ({error.strerror})",
+            hint="make one with: head -c 32 /dev/urandom > FILE; chmod 600 FILE",
+        ) from error
+    if len(secret) != _SECRET_BYTES:
+        raise ConfigError(
+            f"{field}: secret {str(path)!r} holds {len(secret)} bytes, not {_SECRET_BYTES}",
+            hint="make one with: head -c 32 /dev/urandom > FILE; chmod 600 FILE",
+        )
+    return secret

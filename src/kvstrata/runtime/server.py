@@ -1,0 +1,321 @@
+"""The daemon's one loop: messages in, brain, answers out.
+
+Concurrency: `run` is the owner thread of sockets, sessions and brain. Executor threads only wake
+it through a pipe. A caller that stopped waiting is not served: the daemon drops its call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import time
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from kvstrata.core.config import NodeConfig
+from kvstrata.core.errors import CallRefusedError, ConfigError, KvstrataError
+from kvstrata.core.ids import HASH_BYTES, Holder, SessionId, SlotId
+from kvstrata.core.tier import Tier
+from kvstrata.manager import Manager
+from kvstrata.runtime import messages as wire
+from kvstrata.runtime.addresses import check_address, socket_path
+from kvstrata.runtime.node import Node
+from kvstrata.runtime.process import ProcessWatch
+from kvstrata.runtime.secret import load_secret
+
+__all__ = ["NodeServer"]
+
+log = logging.getLogger("kvstrata.daemon")
+
+_IDLE_WAIT_MS = 1000
+_BUSY_WAIT_MS = 10
+_MESSAGE_BYTES_MAX = 16 << 20
+
+
+@dataclass(slots=True)
+class _Session:
+    watches: list[ProcessWatch]
+    closed: bool = False
+
+    def fence(self, processes: list[wire.Process]) -> None:
+        """Watch those of `processes` that are not watched yet."""
+        known = {watch.pid for watch in self.watches}
+        self.watches += [
+            ProcessWatch(each.pid, each.started) for each in processes if each.pid not in known
+        ]
+
+    def alive(self) -> bool:
+        """Return whether some process is left that may still write to the session's slots."""
+        return any(not watch.ended() for watch in self.watches)
+
+
+class NodeServer:
+    """Serves one node's tiers at one address."""
+
+    def __init__(
+        self, config: NodeConfig, address: str, *, parent: ProcessWatch | None = None
+    ) -> None:
+        """Bind the address; with `parent` the server stops when that process ends.
+
+        Raises ConfigError for a configuration that cannot be served.
+        """
+        self.address = check_address(address)
+        self._config = config
+        self._secret = load_secret(config)
+        self._parent = parent
+        self._node: Node | None = None
+        self._sessions: dict[SessionId, _Session] = {}
+        self._stopping = False
+        self._malformed = 0
+        self._late_calls = 0
+        self._wake, self.wake_descriptor = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        self._socket.maxmsgsize = _MESSAGE_BYTES_MAX
+        try:
+            self._socket.bind(self.address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(
+                f"address: cannot listen at {address!r} ({error.strerror})",
+                hint="choose a directory that exists and that this user may write to",
+            ) from error
+
+    def run(self) -> None:
+        """Serve until `stop` or the parent's end, then close."""
+        try:
+            while not self._stopping:
+                self._wait()
+                self._receive_all()
+                if self._node:
+                    self._node.work(time.monotonic())
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """End `run` soon; may be called from any thread or a signal handler."""
+        self._stopping = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Make the loop look for news; called by executor threads."""
+        with contextlib.suppress(BlockingIOError):  # full: the loop is awake already
+            os.write(self.wake_descriptor, b"\0")
+
+    def close(self) -> None:
+        """Give everything back; twice is harmless."""
+        if self._context.closed:
+            return
+        if self._node:
+            self._node.close()
+        for watch in self._watches():
+            watch.close()
+        self._socket.close()
+        self._context.term()
+        os.close(self._wake)
+        os.close(self.wake_descriptor)
+        socket_path(self.address).unlink(missing_ok=True)
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake, zmq.POLLIN)
+        for watch in [*self._watches(), *([self._parent] if self._parent else [])]:
+            if watch.fileno() >= 0:
+                poller.register(watch.fileno(), zmq.POLLIN)
+        ready = dict(
+            poller.poll(_BUSY_WAIT_MS if self._node and self._node.busy else _IDLE_WAIT_MS)
+        )
+        if self._wake in ready:
+            os.read(self._wake, 65536)
+        if self._parent and (self._parent.fileno() < 0 or self._parent.fileno() in ready):
+            self._stopping = True
+        for identifier, session in list(self._sessions.items()):
+            for watch in session.watches:
+                if watch.fileno() in ready:
+                    watch.close()
+            if not session.alive():
+                self._forget(identifier, session)
+
+    def _forget(self, identifier: SessionId, session: _Session) -> None:
+        del self._sessions[identifier]
+        for watch in session.watches:
+            watch.close()
+        if self._node:
+            self._node.manager.session_dead(identifier)
+
+    def _watches(self) -> list[ProcessWatch]:
+        return [watch for session in self._sessions.values() for watch in session.watches]
+
+    def _receive_all(self) -> None:
+        for _ in range(1000):  # then let the brain work, however many callers there are
+            try:
+                identity, data = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            except ValueError:  # not two frames: not one of our clients
+                self._malformed += 1
+                continue
+            reply = self._serve(data)
+            if reply is not None:
+                self._socket.send_multipart([identity, wire.encode(reply)], zmq.NOBLOCK)
+
+    def _serve(self, data: bytes) -> wire.Reply | None:
+        try:
+            envelope = wire.decode_envelope(data)
+        except (msgspec.MsgspecError, KvstrataError) as error:
+            self._malformed += 1
+            log.warning("dropped a malformed message of %d bytes: %s", len(data), error)
+            return None
+        now = time.monotonic()
+        if now >= envelope.deadline:
+            self._late_calls += 1
+            return None
+        try:
+            answer = self._answer(SessionId(envelope.session), envelope.call, now)
+        except ConfigError as error:
+            answer = wire.Refused(error.message, error.hint, "config")
+        except (CallRefusedError, ValueError) as error:
+            answer = wire.Refused(str(error))
+        return wire.Reply(envelope.id, answer)
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def _answer(self, session: SessionId, call: wire.Call, now: float) -> wire.Answer:
+        match call:
+            case wire.Hello():
+                return self._hello(call)
+            case wire.Stats():
+                return wire.StatsAnswer(self._statistics())
+            case wire.Clear():
+                return wire.Cleared(self._clear(call.tiers))
+            case wire.Bye():
+                return self._bye(session)
+            case _:
+                return self._session_answer(session, call, now)
+
+    def _session_answer(self, session: SessionId, call: wire.Call, now: float) -> wire.Answer:
+        known = self._sessions.get(session)
+        if known is None or known.closed or self._node is None:
+            raise CallRefusedError("session: unknown or closed, say hello again")
+        manager = self._node.manager
+        match call:
+            case wire.Lookup():
+                found = manager.lookup(
+                    Holder(session, call.request), wire.split_hashes(call.hashes), now
+                )
+                return wire.Found(
+                    found.ready, found.ready_from_disk, found.pending, found.until, found.why
+                )
+            case wire.Acquire():
+                got = manager.acquire(
+                    Holder(session, call.request), wire.split_hashes(call.hashes), now
+                )
+                return wire.Acquired(list(got.slots), got.generations, got.from_disk)
+            case wire.Reserve():
+                if len(call.parent) not in (0, HASH_BYTES):
+                    raise CallRefusedError(f"parent: {len(call.parent)} bytes are not one hash")
+                hashes = wire.split_hashes(call.parent + call.hashes)
+                parent = hashes.pop(0) if call.parent else None
+                slots = manager.reserve(Holder(session, call.request), parent, hashes)
+                return wire.Reserved(slots.indices, list(slots.slots), slots.throttled)
+            case wire.Fence():
+                known.fence(call.processes)
+                return wire.Done()
+            case _:
+                return self._carry_out(manager, session, call)
+
+    def _carry_out(self, manager: Manager, session: SessionId, call: wire.Call) -> wire.Done:
+        match call:
+            case wire.Seal():
+                manager.seal(Holder(session, call.request), [SlotId(s) for s in call.slots])
+            case wire.Abort():
+                manager.abort(Holder(session, call.request), [SlotId(s) for s in call.slots])
+            case wire.Release():
+                for request in call.requests:
+                    manager.release(Holder(session, request))
+            case _:
+                raise CallRefusedError(f"{type(call).__name__} needs no session")
+        return wire.Done()
+
+    def _hello(self, call: wire.Hello) -> wire.Welcome:
+        if call.protocol != wire.PROTOCOL_VERSION:
+            raise ConfigError(
+                f"protocol: the client speaks version {call.protocol}, this daemon "
+                f"{wire.PROTOCOL_VERSION}",
+                hint="run the same kvstrata version in both",
+            )
+        if call.namespace.block_tokens != call.layout.block_tokens:
+            raise CallRefusedError("block_tokens: namespace and layout differ")
+        opened = _Session([])
+        opened.fence(call.processes)
+        caller = opened.watches[0]
+        try:
+            node = self._node_for(call, caller)
+        except BaseException:
+            for watch in opened.watches:
+                watch.close()
+            raise
+        replaced = self._sessions.get(SessionId(call.replaces))
+        if replaced and replaced.watches[0].pid == caller.pid:
+            self._bye(SessionId(call.replaces))
+        session = SessionId(secrets.randbits(52) + 1)
+        self._sessions[session] = opened
+        return wire.Welcome(
+            session=session,
+            pid=os.getpid(),
+            model_key=call.namespace.model_key(self._secret),
+            arena=node.arena.address,
+        )
+
+    def _node_for(self, call: wire.Hello, caller: ProcessWatch) -> Node:
+        if caller.ended():
+            raise CallRefusedError(f"processes: process {caller.pid} is not running")
+        if self._node is None:
+            self._node = Node(self._config, call.layout, self.wake)
+        elif self._node.layout != call.layout:
+            raise ConfigError(
+                f"layout: this daemon holds blocks of {self._node.layout.describe()}, the client "
+                f"has {call.layout.describe()}",
+                hint="start another daemon with its own address and directory for this layout",
+            )
+        return self._node
+
+    def _bye(self, session: SessionId) -> wire.Done:
+        known = self._sessions.get(session)
+        if known and not known.closed and self._node:
+            if self._node.manager.session_closed(session):
+                known.closed = True  # its process lives: watch it on for its quarantined slots
+            else:
+                self._forget(session, known)
+        return wire.Done()
+
+    def _clear(self, names: list[str]) -> int:
+        unknown = [name for name in names if name not in {tier.value for tier in Tier}]
+        if unknown:
+            raise ConfigError(f"tiers: unknown tier {unknown[0]!r}", hint="use host or disk")
+        if self._node is None:
+            if self._config.disk and Tier.DISK.value in names:
+                raise CallRefusedError(
+                    "tiers: no client has said which layout the disk holds; connect one first, "
+                    f"or delete the slab in {self._config.disk.directory!r} with the daemon stopped"
+                )
+            return 0
+        return self._node.clear({Tier(name) for name in names})
+
+    def _statistics(self) -> dict[str, object]:
+        return {
+            "pid": os.getpid(),
+            "address": self.address,
+            "sessions": sum(not session.closed for session in self._sessions.values()),
+            "malformed_messages": self._malformed,
+            "late_calls": self._late_calls,
+            "node": self._node.statistics() if self._node else None,
+        }
