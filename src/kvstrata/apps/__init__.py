@@ -1,0 +1,1 @@
+"""What people run: the command line. Wires the rooms together, decides nothing."""

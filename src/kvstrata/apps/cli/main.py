@@ -1,0 +1,157 @@
+"""The `kvstrata` command: data to stdout, talk to stderr, errors as one sentence and a hint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Final, ParamSpec
+
+import typer
+
+from kvstrata import __version__
+from kvstrata.apps.cli.settings import ServeSettings
+from kvstrata.apps.cli.tables import print_stats
+from kvstrata.core.errors import CallRefusedError, ConfigError, DaemonError, KvstrataError
+from kvstrata.runtime.addresses import default_address
+from kvstrata.runtime.admin import AdminClient
+
+__all__ = ["app"]
+
+Parameters = ParamSpec("Parameters")
+
+_EXIT_CONFIG: Final = 2
+_EXIT_DAEMON: Final = 3
+
+app = typer.Typer(
+    name="kvstrata",
+    help="KV block manager for LLM inference: keeps KV blocks in tiers and brings them back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Daemon to talk to; left out, the one that `kvstrata serve` runs by default."
+    ),
+]
+
+
+def _told(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
+    """Turn our errors into one sentence, a hint and an exit status."""
+
+    @wraps(command)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except ConfigError as error:
+            hint = f"\n\nhint: {error.hint}" if error.hint else ""
+            typer.echo(f"error: {error.message}{hint}", err=True)
+            raise typer.Exit(_EXIT_CONFIG) from error
+        except CallRefusedError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(_EXIT_CONFIG) from error
+        except DaemonError as error:
+            hint = "hint: start a daemon with `kvstrata serve`, or name one with --address"
+            typer.echo(f"error: {error}\n\n{hint}", err=True)
+            raise typer.Exit(_EXIT_DAEMON) from error
+        except KvstrataError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(_EXIT_DAEMON) from error
+
+    return run
+
+
+@app.command()
+@_told
+def serve(
+    tiers: Annotated[
+        str | None,
+        typer.Option(help="Tiers, host first: host:2GiB or host:2GiB,disk:/var/kv:20GiB."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Where to listen: an absolute ipc:// path.")
+    ] = None,
+    secret_file: Annotated[
+        Path | None, typer.Option(help="File with the cluster secret of 32 bytes.")
+    ] = None,
+    staging_timeout_s: Annotated[
+        float | None, typer.Option(help="Longest wait of a request for blocks from disk.")
+    ] = None,
+) -> None:
+    """Run the node daemon until it is told to end; KVSTRATA_TIERS and the like set defaults."""
+    from kvstrata.runtime import daemon
+
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    given: dict[str, Any] = {
+        "tiers": tiers,
+        "address": address,
+        "secret_file": secret_file,
+        "staging_timeout_s": staging_timeout_s,
+    }
+    settings = ServeSettings.read(given)
+    config = settings.node_config()
+    daemon.check(config)
+
+    def ready() -> None:
+        typer.echo(
+            f"kvstrata {__version__} serves {settings.tiers} at {settings.address}", err=True
+        )
+
+    daemon.serve(config, settings.address, ready=ready)
+
+
+@app.command()
+@_told
+def stats(
+    address: Address = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print a daemon's counters and the state of its tiers."""
+    with AdminClient(address or default_address()) as admin:
+        found = admin.stats()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_stats(found)
+
+
+@app.command()
+@_told
+def clear(
+    address: Address = None,
+    tier: Annotated[
+        list[str] | None, typer.Option(help="host or disk; may be given twice. Default: both.")
+    ] = None,
+) -> None:
+    """Forget every kept block of a daemon."""
+    with AdminClient(address or default_address()) as admin:
+        typer.echo(f"{admin.clear(tier or ('host', 'disk'))} blocks forgotten")
+
+
+@app.command()
+@_told
+def demo(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures of the table to this file.")
+    ] = None,
+) -> None:
+    """Play a conversation on a real vLLM: cold, warm, and after kill -9 of everything."""
+    from kvstrata.apps.cli.demo.play import run_demo
+
+    raise typer.Exit(run_demo(json_file))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,79 @@
+"""Settings of `kvstrata serve`: command line, then `KVSTRATA_*` variables, then defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from kvstrata.core.config import Limits, NodeConfig, parse_tiers
+from kvstrata.core.errors import ConfigError
+from kvstrata.runtime.addresses import check_address, default_address
+
+__all__ = ["ServeSettings"]
+
+
+class ServeSettings(BaseSettings):
+    """What `kvstrata serve` owns and where it listens; each field is also `KVSTRATA_<NAME>`."""
+
+    model_config = SettingsConfigDict(env_prefix="KVSTRATA_", extra="ignore")
+
+    tiers: str = "host:1GiB"
+    """Tiers, host first: `host:2GiB` or `host:2GiB,disk:/var/kv:20GiB`."""
+    address: str = Field(default_factory=default_address)
+    """Where to listen: an absolute `ipc://` path."""
+    secret_file: Path | None = None
+    """File with the cluster secret of 32 bytes; left out, one is kept beside the disk tier."""
+    staging_timeout_s: float = Field(default=5.0, gt=0, le=3600)
+    """Longest wait of a request for its blocks to come from disk, in seconds."""
+    transfer_threads: int = Field(default=2, ge=1, le=64)
+    """Threads that move bytes to and from disk."""
+    checksum_threads: int = Field(default=1, ge=1, le=64)
+    """Threads that compute block checksums."""
+
+    @field_validator("address")
+    @classmethod
+    def _address(cls, address: str) -> str:
+        return check_address(address)
+
+    @field_validator("tiers")
+    @classmethod
+    def _tiers(cls, tiers: str) -> str:
+        parse_tiers(tiers)
+        return tiers
+
+    @classmethod
+    def read(cls, given: dict[str, Any]) -> Self:
+        """Return the settings; what `given` does not say comes from the environment.
+
+        Raises ConfigError that names the first field that is wrong.
+        """
+        try:
+            return cls(**{name: value for name, value in given.items() if value is not None})
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise ConfigError(
+                f"{field}: {first['msg']} (got {first['input']!r})",
+                hint=f"see kvstrata serve --help, or check KVSTRATA_{field.upper()}",
+            ) from error
+        except ConfigError as error:
+            field = error.message.partition(":")[0].partition(".")[0]
+            if given.get(field) is not None:
+                raise
+            hint = f"{error.hint}; the value comes from KVSTRATA_{field.upper()}"
+            raise ConfigError(error.message, hint=hint) from error
+
+    def node_config(self) -> NodeConfig:
+        """Return what the daemon is to own."""
+        return NodeConfig(
+            tiers=parse_tiers(self.tiers),
+            secret_file=str(self.secret_file) if self.secret_file else None,
+            limits=Limits(
+                staging_timeout_s=self.staging_timeout_s,
+                transfer_threads=self.transfer_threads,
+                checksum_threads=self.checksum_threads,
+            ),
+        )

@@ -1,0 +1,40 @@
+"""Tables for people: what a daemon says of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["print_stats"]
+
+
+def print_stats(stats: dict[str, Any]) -> None:
+    """Print a daemon's answer to `stats` as tables on stdout."""
+    console = Console()
+    console.print(
+        f"daemon pid {stats['pid']} at {stats['address']}, {stats['sessions']} sessions",
+        highlight=False,
+    )
+    node = stats["node"]
+    if node is None:
+        console.print("no client has connected yet: the layout of the blocks is not known")
+        return
+    console.print(
+        f"blocks of {node['block_bytes']} bytes: {node['layout']}", highlight=False, markup=False
+    )
+    tiers = Table(title="slots")
+    tiers.add_column("tier", no_wrap=True)
+    names = ("total", "free", "filling", "staged", "idle", "in_use", "quarantined", "evictions")
+    for name in names:
+        tiers.add_column(name.replace("_", " "), justify="right", overflow="fold")
+    for tier, counts in node["tiers"].items():
+        tiers.add_row(tier, *(str(counts[name]) for name in names))
+    console.print(tiers)
+    counters = Table(title="since the daemon started")
+    counters.add_column("what")
+    counters.add_column("count", justify="right")
+    for name, count in node["counters"].items():
+        counters.add_row(name.replace("_", " "), str(count))
+    console.print(counters)

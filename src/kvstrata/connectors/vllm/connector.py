@@ -1,0 +1,221 @@
+"""The class that vLLM loads: one instance in the scheduler, one in the worker.
+
+vLLM calls the methods in the order written down in its `kv_connector/v1/base.py`; what each half
+does with them is in `scheduler.py` and `worker.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from kvstrata.connectors.vllm.geometry import paged_cache
+from kvstrata.connectors.vllm.identity import engine_namespace
+from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
+from kvstrata.connectors.vllm.scheduler import SchedulerHalf
+from kvstrata.connectors.vllm.settings import read_settings
+from kvstrata.connectors.vllm.worker import WorkerHalf
+from kvstrata.runtime.session import Session
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+__all__ = ["KvstrataConnector"]
+
+log = logging.getLogger("kvstrata.vllm")
+
+
+class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is untyped here
+    """Serves a vLLM engine from KV blocks kept in kvstrata's tiers.
+
+    Raises ConfigError at start for settings, layouts and engines that it does not know.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        """Check everything that can be checked; the scheduler half reaches its daemon."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        settings = read_settings(self._kv_transfer_config.kv_connector_extra_config)
+        cache = paged_cache(vllm_config, kv_cache_config)
+        layout = cache.block_layout(settings.block_tokens_for(cache.page_tokens))
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        if role == KVConnectorRole.WORKER:
+            self._worker = WorkerHalf(cache, layout)
+            return
+        self._recompute_failed_loads()
+        namespace = engine_namespace(vllm_config, layout, settings.weights_revision)
+        session = Session(settings.where, layout, namespace, settings.session_limits)
+        session.open()
+        self._scheduler = SchedulerHalf(
+            session, cache, layout, enabled=bool(vllm_config.cache_config.enable_prefix_caching)
+        )
+        if not vllm_config.cache_config.enable_prefix_caching:
+            log.warning(
+                "kvstrata is idle: vLLM runs without prefix caching, so it cannot use kept blocks"
+            )
+
+    def _recompute_failed_loads(self) -> None:
+        """A cache may never fail a request: vLLM's default policy would."""
+        if self._kv_transfer_config.kv_load_failure_policy != "recompute":
+            self._kv_transfer_config.kv_load_failure_policy = "recompute"
+            log.info("kvstrata set kv_load_failure_policy to recompute")
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """Ask for the layout that `layout.paged` describes."""
+        del vllm_config
+        return "LBHNC"
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """False: a cache that loses blocks costs time, never an answer."""
+        return False
+
+    @property
+    def daemon_pid(self) -> int:
+        """The daemon's process, 0 while there is none (scheduler half)."""
+        return self._scheduler.session.daemon_pid if self._scheduler else 0
+
+    @property
+    def daemon_address(self) -> str:
+        """Where the daemon listens, empty while there is none (scheduler half)."""
+        return self._scheduler.session.daemon_address if self._scheduler else ""
+
+    # -- scheduler half ------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Return (tokens to load or None to be asked again, loaded between steps)."""
+        assert self._scheduler is not None
+        tokens = self._scheduler.matched_tokens(request, num_computed_tokens)
+        return tokens, bool(tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """Plan the load into the blocks that vLLM has allocated."""
+        assert self._scheduler is not None
+        self._scheduler.allocated(request, blocks, num_external_tokens)
+
+    def get_external_cache_hit_sources(
+        self, request: Request, num_external_tokens: int
+    ) -> dict[CacheHitSource, int]:
+        """Split the loaded tokens by tier for vLLM's own metrics."""
+        assert self._scheduler is not None
+        disk = min(self._scheduler.disk_tokens(request), num_external_tokens)
+        split = {
+            CacheHitSource.DISK: disk,
+            CacheHitSource.HOST: num_external_tokens - disk,
+        }
+        return {source: tokens for source, tokens in split.items() if tokens}
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """Return the step's plan for the worker half."""
+        assert self._scheduler is not None
+        return self._scheduler.build_plan(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Take the worker half's report."""
+        assert self._scheduler is not None
+        report = connector_output.kv_connector_worker_meta
+        if isinstance(report, StepReport):
+            self._scheduler.take_report(report)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Let go of a request; its device blocks are free at once."""
+        del block_ids
+        assert self._scheduler is not None
+        return False, self._scheduler.finished(request)
+
+    def reset_cache(self) -> bool | None:
+        """Forget every kept block."""
+        return self._scheduler.clear() if self._scheduler else None
+
+    # -- worker half ---------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Check and take the engine's caches; raises LayoutError for unknown ones."""
+        assert self._worker is not None
+        (group,) = self._kv_cache_config.kv_cache_groups
+        self._worker.register(kv_caches, group.layer_names)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Carry out the step's loads."""
+        del forward_context, kwargs
+        assert self._worker is not None
+        self._worker.load(self._plan())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: a request is scheduled only after all its layers have arrived."""
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> None:
+        """Nothing: blocks are saved whole at the end of the step."""
+
+    def wait_for_save(self) -> None:
+        """Carry out the step's saves, before vLLM may give the pages to someone else."""
+        assert self._worker is not None
+        self._worker.save(self._plan())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Return the requests whose load ended in this step."""
+        del finished_req_ids
+        assert self._worker is not None
+        return None, self._worker.take_loaded() or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Return the pages that must be computed after all."""
+        assert self._worker is not None
+        return self._worker.take_failed_pages()
+
+    def build_connector_worker_meta(self) -> StepReport | None:
+        """Return the step's report for the scheduler half."""
+        assert self._worker is not None
+        return self._worker.take_report()
+
+    def get_handshake_metadata(self) -> WorkerProcess:
+        """Tell the scheduler half which process this worker is."""
+        return WorkerProcess(os.getpid())
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, WorkerProcess]) -> None:
+        """Take the workers' processes (scheduler half); nothing is saved before."""
+        assert self._scheduler is not None
+        self._scheduler.fence([worker.pid for worker in metadata.values()])
+
+    def shutdown(self) -> None:
+        """Say goodbye to the daemon; a private one ends."""
+        if self._scheduler:
+            self._scheduler.session.close()
+        if self._worker:
+            self._worker.close()
+
+    def _plan(self) -> StepPlan:
+        plan = self._get_connector_metadata()
+        assert isinstance(plan, StepPlan)
+        return plan

@@ -1,0 +1,98 @@
+"""What the scheduler half tells the worker half each step, and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from kvstrata.storage.arena import ArenaAddress
+
+__all__ = ["LoadJob", "PageCopy", "SaveJob", "StepPlan", "StepReport", "WorkerProcess"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerProcess(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # vLLM is untyped here
+    """Told by each worker before the first step: which process will write to our slots."""
+
+    pid: int
+    """The worker's process."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Which pages of the engine go with which slots: one row a page of all layers."""
+
+    slots: list[int]
+    """Arena slot of each page."""
+    places: list[int]
+    """Position of each page within its block."""
+    pages: list[int]
+    """The engine's page index."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadJob:
+    """Pages to fill from the arena for one request."""
+
+    request: str
+    """vLLM's request id."""
+    epoch: int
+    """Session epoch in which the slots were acquired."""
+    copy: PageCopy
+    """What goes where."""
+    generations: list[int]
+    """For each page the generation that its slot must have, before and after the copy."""
+    lost_pages: list[int] = field(default_factory=list)
+    """Engine pages that were promised and cannot be filled any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveJob:
+    """Slots to fill from full pages of one request."""
+
+    name: str
+    """The request's name in the session."""
+    epoch: int
+    """Session epoch in which the slots were reserved."""
+    copy: PageCopy
+    """What goes where."""
+    slots: list[int]
+    """The slots, each once."""
+
+
+@dataclass(slots=True)
+class StepPlan(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped here
+    """One step's work for the worker half."""
+
+    epoch: int = 0
+    """The session's epoch; 0 while there is no daemon."""
+    arena: ArenaAddress | None = None
+    """The arena of that epoch, to be mapped when the epoch is new."""
+    loads: list[LoadJob] = field(default_factory=list)
+    """Requests to load for."""
+    saves: list[SaveJob] = field(default_factory=list)
+    """Requests to save from."""
+
+
+@dataclass(slots=True)
+class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
+    """What the worker half did in one step."""
+
+    loaded: dict[str, int] = field(default_factory=dict)
+    """Requests whose load ended, with how many of its leading pages hold what was promised."""
+    saved: list[SaveJob] = field(default_factory=list)
+    """Saves whose slots hold every byte."""
+    unsaved: list[SaveJob] = field(default_factory=list)
+    """Saves that could not be made."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
+        """Join the reports of two workers; kvstrata serves one, so the other is empty."""
+        assert isinstance(other, StepReport)
+        return StepReport(
+            self.loaded | other.loaded, self.saved + other.saved, self.unsaved + other.unsaved
+        )

@@ -1,0 +1,341 @@
+"""The scheduler half: what to load, what to save, and the session with the daemon.
+
+Every call to the daemon is bounded; once one fails, the session is down and each question is
+answered as a miss until a daemon is back. Loads are asynchronous in vLLM's sense: a request is
+scheduled only after its blocks arrived, so a failed load can never leak into saved blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kvstrata.connectors.vllm.metadata import LoadJob, PageCopy, SaveJob, StepPlan, StepReport
+from kvstrata.core.errors import CallRefusedError, DaemonError
+from kvstrata.core.ids import SequenceHash
+from kvstrata.layout import BlockLayout, PagedCache
+from kvstrata.runtime import messages as wire
+from kvstrata.runtime.session import Session
+from kvstrata.tokens import NamespaceKey, PromptLineage, sequence_hashes
+from kvstrata.tokens.namespace import ModelKey, salted_key
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+__all__ = ["SchedulerHalf"]
+
+log = logging.getLogger("kvstrata.vllm")
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """One request of the engine, from arrival to its end."""
+
+    request: Request
+    name: str  # ours: vLLM's id may come from a client and have any length
+    lineage: PromptLineage
+    usable: bool  # False: neither loaded nor saved
+    hashes: list[SequenceHash] = field(default_factory=list)
+    epoch: int = 0  # of `hashes`, `saved_blocks` and `holding`
+    saved_blocks: int = 0
+    local_tokens: int = 0
+    ready_blocks: int = 0
+    holding: bool = False  # the daemon holds blocks for it
+    loading: bool = False  # its load was given to the worker and has not ended
+    finished: bool = False
+    disk_tokens: int = 0  # of the load under way, tokens that were staged from disk for it
+    tokens_from: dict[str, int] = field(default_factory=lambda: {"host": 0, "disk": 0})
+
+
+class SchedulerHalf:
+    """Owner: the engine core's thread."""
+
+    def __init__(
+        self, session: Session, cache: PagedCache, layout: BlockLayout, *, enabled: bool
+    ) -> None:
+        """Serve an engine over an opened session; unless `enabled`, every answer is a miss."""
+        self.session = session
+        self._block_tokens = layout.block_tokens
+        self._places = cache.pages_per_block(layout.block_tokens)
+        self._page_tokens = cache.page_tokens
+        self._enabled = enabled
+        self._requests: dict[str, _Tracked] = {}
+        self._names = map(str, itertools.count(1))
+        self._loads: list[LoadJob] = []
+        self._keys: dict[str, NamespaceKey] = {}
+        self._keys_epoch = 0
+        self._fenced = False
+        self._clear_owed = False
+
+    def fence(self, pids: Sequence[int]) -> None:
+        """Learn which processes will fill slots; until the daemon knows, nothing is saved."""
+        try:
+            self.session.fence(pids)
+        except DaemonError as error:
+            self._note(error)  # a session that was lost names them in its next hello
+        self._fenced = True
+
+    # -- matching ------------------------------------------------------------------------------
+
+    def matched_tokens(self, request: Request, local_tokens: int) -> int | None:
+        """Return how many tokens behind `local_tokens` can be loaded, None to be asked again."""
+        tracked = self._track(request)
+        tracked.local_tokens = local_tokens
+        tracked.ready_blocks = 0
+        if not self._enabled or not tracked.usable or not self._ready():
+            return 0
+        if request.skip_reading_prefix_cache:  # vLLM would not use what we find
+            return 0
+        hashes = self._hashes(tracked, request.num_tokens)
+        if len(hashes) * self._block_tokens <= local_tokens:
+            return 0
+        try:
+            found = self.session.lookup(tracked.name, hashes)
+        except DaemonError as error:
+            self._note(error)
+            return 0
+        tracked.holding = True
+        if found.pending:
+            return None
+        tracked.ready_blocks = found.ready
+        return max(0, found.ready * self._block_tokens - local_tokens)
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
+        """Plan the load of the `external_tokens` that vLLM made room for."""
+        tracked = self._track(request)
+        if not external_tokens:
+            if not tracked.loading:
+                self._release([tracked])
+            return
+        (pages,) = blocks.get_block_ids()
+        first = tracked.local_tokens // self._page_tokens
+        last = (tracked.local_tokens + external_tokens) // self._page_tokens
+        slots, generations, from_disk = self._acquire(tracked)
+        wanted = [
+            (slots[page // self._places], page % self._places, pages[page])
+            for page in range(first, last)
+            if page // self._places < len(slots)
+        ]
+        copy = PageCopy(*map(list, zip(*wanted, strict=True))) if wanted else PageCopy([], [], [])
+        reached = first + len(wanted)
+        tracked.loading = True
+        tracked.disk_tokens = from_disk * self._block_tokens
+        self._loads.append(
+            LoadJob(
+                request=request.request_id,
+                epoch=tracked.epoch,
+                copy=copy,
+                generations=[generations[page // self._places] for page in range(first, reached)],
+                lost_pages=pages[reached:last],
+            )
+        )
+
+    # -- each step -----------------------------------------------------------------------------
+
+    def build_plan(self, output: SchedulerOutput) -> StepPlan:
+        """Return the step's loads, and the saves of blocks that this step completes."""
+        plan = StepPlan(loads=self._loads)
+        self._loads = []
+        if self._enabled and self._fenced and self._ready():
+            for request_id, tokens in output.num_scheduled_tokens.items():
+                tracked = self._requests.get(request_id)
+                if self.session.welcome is None:
+                    break  # the call for an earlier request has lost it
+                if tracked and tracked.usable:
+                    self._plan_save(plan, tracked, tokens, output)
+        # Last, since a call above may have lost the session.
+        if self.session.welcome:
+            plan.epoch, plan.arena = self.session.epoch, self.session.welcome.arena
+        return plan
+
+    def take_report(self, report: StepReport) -> None:
+        """Tell the daemon what the worker did."""
+        done: list[_Tracked] = []
+        for request_id, good_pages in report.loaded.items():
+            tracked = self._requests.get(request_id)
+            if tracked:
+                tracked.loading = False
+                self._count(tracked, good_pages)
+                done.append(tracked)
+        self._release(done)
+        for tracked in done:
+            if tracked.finished:
+                del self._requests[tracked.request.request_id]
+        for job in report.saved:
+            self._tell(job.epoch, wire.Seal(job.name, job.slots))
+        for job in report.unsaved:
+            self._tell(job.epoch, wire.Abort(job.name, job.slots))
+
+    def finished(self, request: Request) -> dict[str, Any] | None:
+        """Forget a request; return where its tokens came from, for vLLM to pass to the caller."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None:
+            return None
+        tracked.finished = True
+        if not tracked.loading:  # else the worker still reads what the daemon holds for it
+            self._release([tracked])
+            del self._requests[request.request_id]
+        return {"kvstrata": {"tokens_from": dict(tracked.tokens_from)}}
+
+    def disk_tokens(self, request: Request) -> int:
+        """Return how many tokens of the load under way were staged from disk for it."""
+        tracked = self._requests.get(request.request_id)
+        return tracked.disk_tokens if tracked else 0
+
+    def clear(self) -> bool:
+        """Forget every block in every tier; False if the daemon could not be told yet.
+
+        A reset may mean new weights: what requests under way have computed must not be kept, and
+        until the daemon has forgotten the old blocks nothing is asked of it.
+        """
+        for tracked in self._requests.values():
+            tracked.usable = False
+        self._clear_owed = True
+        return self._ready()
+
+    # -- private -------------------------------------------------------------------------------
+
+    def _ready(self) -> bool:
+        """Return whether the daemon can be asked now; pay an owed clear first. Never waits long."""
+        if not self.session.usable():
+            return False
+        if self._clear_owed:
+            try:
+                self.session.call(wire.Clear(["host", "disk"]), wire.Cleared)
+            except DaemonError as error:
+                self._note(error)
+                return False
+            self._clear_owed = False
+        return True
+
+    def _count(self, tracked: _Tracked, good_pages: int) -> None:
+        """Add what a load has brought to the request's account."""
+        tokens = good_pages * self._page_tokens
+        on_disk = min(tracked.disk_tokens, tokens)
+        tracked.tokens_from["disk"] += on_disk
+        tracked.tokens_from["host"] += tokens - on_disk
+
+    def _track(self, request: Request) -> _Tracked:
+        tracked = self._requests.get(request.request_id)
+        if tracked is None:
+            # What else than tokens and salt decides the KV is refused until it is in the identity.
+            usable = not (
+                request.lora_request
+                or request.mm_features
+                or request.prompt_embeds is not None
+                or request.pooling_params
+                or request.resumable  # vLLM takes back tokens of a session that goes on
+            )
+            lineage = PromptLineage(self._block_tokens)
+            tracked = _Tracked(request, next(self._names), lineage, usable)
+            self._requests[request.request_id] = tracked
+        return tracked
+
+    def _hashes(self, tracked: _Tracked, tokens: int) -> list[SequenceHash]:
+        """Return the keys of the first `tokens` tokens' full blocks, in the session's epoch."""
+        if tracked.epoch != self.session.epoch:
+            tracked.epoch = self.session.epoch
+            tracked.hashes = []
+            tracked.saved_blocks = 0
+            tracked.holding = False
+        blocks = tokens // self._block_tokens
+        if len(tracked.lineage.digests) < blocks:
+            tokens_now = tracked.request.all_token_ids[: blocks * self._block_tokens]
+            try:
+                tracked.lineage.extend_to(tokens_now)
+            except ValueError:  # an id that is no token: a place holder of some kind
+                tracked.usable = False
+                return []
+        known = len(tracked.hashes)
+        if known < blocks:
+            key = self._key(tracked.request.cache_salt or "")
+            tracked.hashes += sequence_hashes(key, tracked.lineage.digests[known:])
+        return tracked.hashes[:blocks]
+
+    def _key(self, salt: str) -> NamespaceKey:
+        welcome = self.session.welcome
+        assert welcome is not None, "keys are made only while the session is up"
+        if self._keys_epoch != self.session.epoch or len(self._keys) > 4096:  # noqa: PLR2004
+            self._keys.clear()  # another daemon may have another secret; salts may be many
+            self._keys_epoch = self.session.epoch
+        if salt not in self._keys:
+            self._keys[salt] = salted_key(ModelKey(welcome.model_key), salt)
+        return self._keys[salt]
+
+    def _acquire(self, tracked: _Tracked) -> tuple[list[int], list[int], int]:
+        if self.session.welcome is None or tracked.epoch != self.session.epoch:
+            return [], [], 0
+        hashes = tracked.hashes[: tracked.ready_blocks]
+        try:
+            acquired = self.session.acquire(tracked.name, hashes)
+        except DaemonError as error:
+            self._note(error)
+            return [], [], 0
+        return acquired.slots, acquired.generations, acquired.from_disk
+
+    def _plan_save(
+        self, plan: StepPlan, tracked: _Tracked, tokens: int, output: SchedulerOutput
+    ) -> None:
+        request = tracked.request
+        # Only KV of known tokens that this step has computed by its end.
+        computed = min(request.num_computed_tokens + tokens, request.num_tokens)
+        last = computed // self._block_tokens
+        if last <= (tracked.saved_blocks if tracked.epoch == self.session.epoch else 0):
+            return
+        hashes = self._hashes(tracked, computed)
+        if len(hashes) < last:
+            return
+        first = tracked.saved_blocks
+        parent = hashes[first - 1] if first else None
+        try:
+            reserved = self.session.reserve(tracked.name, parent, hashes[first:last])
+        except DaemonError as error:
+            self._note(error)
+            return
+        tracked.saved_blocks = last
+        state = output.kv_connector_block_state
+        found = state.get_block_ids(request.request_id) if state and reserved.slots else None
+        if found:
+            (pages,) = found
+            blocks = [first + index for index in reserved.indices]
+            copy = self._block_pages(blocks, reserved.slots, pages)
+            plan.saves.append(SaveJob(tracked.name, tracked.epoch, copy, reserved.slots))
+        elif reserved.slots:
+            self._tell(tracked.epoch, wire.Abort(tracked.name, reserved.slots))
+
+    def _block_pages(
+        self, blocks: Sequence[int], slots: Sequence[int], pages: Sequence[int]
+    ) -> PageCopy:
+        places = range(self._places)
+        return PageCopy(
+            slots=[slot for slot in slots for _ in places],
+            places=[place for _ in slots for place in places],
+            pages=[pages[block * self._places + place] for block in blocks for place in places],
+        )
+
+    def _release(self, tracked: Sequence[_Tracked]) -> None:
+        held = [each for each in tracked if each.holding]
+        for each in held:
+            each.holding = False
+        names = [each.name for each in held if each.epoch == self.session.epoch]
+        if names:
+            self._tell(self.session.epoch, wire.Release(names))
+
+    def _tell(self, epoch: int, call: wire.Call) -> None:
+        """Make a call that has no answer but Done, if its session is still the one at hand."""
+        if epoch != self.session.epoch or self.session.welcome is None:
+            return
+        try:
+            self.session.call(call, wire.Done)
+        except DaemonError as error:
+            self._note(error)
+
+    def _note(self, error: DaemonError) -> None:
+        """A lost session has said so itself; a refusal means that we misunderstood something."""
+        if isinstance(error, CallRefusedError):
+            log.warning("kvstrata daemon refused a call: %s", error)
