@@ -1,0 +1,7 @@
+"""One suite a seam: subclass it, give the fixtures, and pytest holds your code to the laws."""
+
+import pytest
+
+# So that a broken law shows the values that broke it, as in a test module.
+for _suite in ("eviction_policy", "tier_store", "transfer_backend"):
+    pytest.register_assert_rewrite(f"{__name__}.{_suite}")
