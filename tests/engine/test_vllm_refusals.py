@@ -1,0 +1,167 @@
+"""What kvstrata does not know it refuses at start, in one sentence with a remedy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvstrata.core.errors import ConfigError, DaemonError, LayoutError
+
+pytestmark = pytest.mark.engine
+
+
+def _refusal(engine_on, extra, kind=ConfigError, **options):
+    with pytest.raises(kind) as caught, engine_on(extra, **options):
+        pass
+    assert caught.value.hint
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"tiers": "host:64MiB,tape:1GiB"}, "tiers: unknown tier 'tape'"),
+        ({"tiers": "host:64"}, "tiers.host: 64 bytes hold not one block"),
+        ({"tiers": "host:900TiB"}, "tiers.host: "),
+        ({"tiers": "host:64MiB,disk:/proc/nowhere:1GiB"}, "tiers.disk: directory"),
+        ({"tires": "host:64MiB"}, "kv_connector_extra_config: Object contains unknown field"),
+        ({"block_tokens": 0}, "`$.block_tokens`"),
+        ({"block_tokens": 48}, "block_tokens: 48 is no multiple of the engine's page of 32 tokens"),
+        ({"address": "tcp://1.2.3.4:5"}, "address: "),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_settings(engine_on, extra, said):
+    assert said in _refusal(engine_on, extra)
+
+
+def test_no_daemon_at_the_address(engine_on, tmp_path):
+    extra = {"address": f"ipc://{tmp_path}/none.sock", "start_timeout_s": 0.5}
+    with pytest.raises(DaemonError, match=r"none\.sock"), engine_on(extra):
+        pass
+
+
+def test_slab_of_another_layout_is_refused_and_left_alone(engine_on, prompts, tmp_path):
+    extra = {"tiers": f"host:64MiB,disk:{tmp_path}:64MiB"}
+    with engine_on(extra) as engine:
+        engine.ask(prompts)
+        engine.wait_idle()
+    slab = tmp_path / "blocks.slab"
+    before = slab.read_bytes()
+    said = _refusal(engine_on, extra | {"block_tokens": 128})
+    assert "holds blocks of another layout" in said
+    assert slab.read_bytes() == before
+
+
+def _gemma(folder):
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        sliding_window=64,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+    )
+    Gemma3ForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+def test_hybrid_model_is_refused(engine_on, tmp_path):
+    """Its groups need rules of their own; without them the answers are silently wrong."""
+    said = _refusal(engine_on, {"tiers": "host:64MiB"}, LayoutError, model=_gemma(tmp_path / "m"))
+    assert "KV cache" in said
+
+
+def test_speculative_decoding_is_refused(tiny_model):
+    """In a process of its own: speculation imports numba, after which no other engine starts."""
+    script = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from conftest import run_engine
+with run_engine(
+    Path(sys.argv[2]),
+    {"tiers": "host:64MiB"},
+    speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2},
+):
+    pass
+"""
+    here = str(Path(__file__).parent)
+    ended = subprocess.run(
+        [sys.executable, "-c", script, here, str(tiny_model)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode != 0
+    assert "LayoutError: speculative decoding is not supported yet" in ended.stderr
+
+
+def test_tensor_of_unknown_geometry_is_refused(engine_on, monkeypatch):
+    """A later vLLM may hand over other tensors under the same configuration."""
+    from kvstrata.connectors.vllm.worker import WorkerHalf
+
+    real_register = WorkerHalf.register
+
+    def register(self, caches, layer_names):
+        turned = {name: cache.transpose(1, 2) for name, cache in caches.items()}
+        real_register(self, turned, layer_names)
+
+    monkeypatch.setattr(WorkerHalf, "register", register)
+    assert "not contiguous pages" in _refusal(engine_on, {"tiers": "host:64MiB"}, LayoutError)
+
+
+def test_tensor_of_another_type_is_refused(engine_on, monkeypatch):
+    import torch
+
+    from kvstrata.connectors.vllm.worker import WorkerHalf
+
+    real_register = WorkerHalf.register
+
+    def register(self, caches, layer_names):
+        cast = {name: cache.view(torch.int32) for name, cache in caches.items()}
+        real_register(self, cast, layer_names)
+
+    monkeypatch.setattr(WorkerHalf, "register", register)
+    said = _refusal(engine_on, {"tiers": "host:64MiB"}, LayoutError)
+    assert "elements of int32, not float32" in said
+
+
+def test_quantised_cache_is_refused(engine_on):
+    said = _refusal(engine_on, {"tiers": "host:64MiB"}, LayoutError, kv_cache_dtype="fp8")
+    assert "KV cache" in said
+
+
+def test_revision_that_may_move_is_refused(tmp_path):
+    from types import SimpleNamespace
+
+    from kvstrata.connectors.vllm.identity import weights_revision
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    unknown, known = SimpleNamespace(), SimpleNamespace(_commit_hash=commit)
+    assert weights_revision("owner/model", "v1.0", known) == f"commit:{commit}"
+    assert weights_revision("owner/model", commit, unknown) == f"commit:{commit}"
+    for moving in (None, "main", "v1.0", commit[:12]):
+        with pytest.raises(ConfigError, match="weights_revision"):
+            weights_revision("owner/model", moving, unknown)
+    with pytest.raises(ConfigError, match="no weight files"):
+        weights_revision(str(tmp_path), None, unknown)
+
+
+def test_untested_vllm_is_refused(engine_on, monkeypatch):
+    from kvstrata.connectors.vllm import geometry
+
+    monkeypatch.setattr(geometry.vllm, "__version__", "0.99.1")
+    said = _refusal(engine_on, {"tiers": "host:64MiB"}, LayoutError)
+    assert "vLLM 0.99.1 is not a version" in said

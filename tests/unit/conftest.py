@@ -1,0 +1,155 @@
+"""What the unit lane shares: short run directories, `kvstrata serve` processes, deadlines."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BLOCK_TOKENS = 4
+BLOCK_SHAPE = (3, 5)
+
+
+class Daemon:
+    """A `kvstrata serve` process and all it has said."""
+
+    def __init__(self, address: str, arguments: list[str], environment: dict[str, str]) -> None:
+        self.address = address
+        self.lines: list[str] = []
+        self._said = threading.Event()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kvstrata.apps.cli.main", "serve", *arguments],
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, name="stderr", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        with self.process.stderr as stream:
+            for line in stream:
+                self.lines.append(line)
+                if " serves " in line:
+                    self._said.set()
+        self._said.set()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_ready(self) -> Daemon:
+        assert self._said.wait(30), "the daemon said nothing"
+        if not any(" serves " in line for line in self.lines):
+            raise AssertionError(f"ended with {self.process.wait(10)}: {''.join(self.lines)}")
+        return self
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+
+    def end(self) -> int:
+        """Ask it to end; return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+        try:
+            status = self.process.wait(10)
+        finally:
+            self.process.kill()
+        self._reader.join(10)
+        return status
+
+
+@pytest.fixture
+def eventually() -> Callable[..., Any]:
+    """Call something until it answers truly; fail with its last word at the deadline."""
+
+    def wait(check: Callable[[], Any], timeout_s: float = 10.0, ignore: Any = ()) -> Any:
+        deadline = time.monotonic() + timeout_s
+        last: Any = None
+        while time.monotonic() < deadline:
+            try:
+                last = check()
+            except ignore as error:
+                last = error
+            else:
+                if last:
+                    return last
+            time.sleep(0.005)
+        raise AssertionError(f"not within {timeout_s} s; last: {last!r}")
+
+    return wait
+
+
+@pytest.fixture
+def run_directory(monkeypatch) -> Iterator[Path]:
+    """A short directory that is this test's XDG_RUNTIME_DIR: a socket's path must be short."""
+    folder = Path(tempfile.mkdtemp(prefix="kv"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def serve(run_directory) -> Iterator[Callable[..., Daemon]]:
+    """Start `kvstrata serve` processes; all are ended with the test."""
+    started: list[Daemon] = []
+
+    def start(tiers: str = "host:1MiB", name: str = "n.sock", *more: str, **env: str) -> Daemon:
+        address = f"ipc://{run_directory / name}"
+        arguments = ["--tiers", tiers, "--address", address, *more]
+        started.append(Daemon(address, arguments, os.environ | env))
+        return started[-1].wait_ready()
+
+    yield start
+    for daemon in started:
+        daemon.end()
+
+
+@pytest.fixture
+def connect(run_directory) -> Iterator[Callable[..., Any]]:
+    """Open Clients for blocks of 4 tokens and 3x5 floats; all are closed with the test."""
+    from kvstrata import Client
+    from kvstrata.runtime.session import SessionLimits
+
+    assert run_directory.is_dir()
+    opened: list[Client] = []
+
+    def open_client(**settings: Any) -> Client:
+        limits = {"call_timeout_s": 5.0, "retry_interval_s": 0.02} | settings.pop("limits", {})
+        defaults = {"block_shape": BLOCK_SHAPE, "dtype": np.float32, "block_tokens": BLOCK_TOKENS}
+        client = Client(**(defaults | settings), limits=SessionLimits(**limits))
+        opened.append(client)
+        return client
+
+    yield open_client
+    for client in opened:
+        client.close()
+
+
+@pytest.fixture
+def make_blocks() -> Callable[..., Any]:
+    """Return (tokens, blocks): `count` random blocks, the same for the same seed."""
+
+    def make(seed: int, count: int) -> tuple[list[int], Any]:
+        rng = np.random.default_rng(seed)
+        tokens = rng.integers(0, 50_000, count * BLOCK_TOKENS).tolist()
+        return tokens, rng.random((count, *BLOCK_SHAPE), dtype=np.float32)
+
+    return make
