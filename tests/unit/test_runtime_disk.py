@@ -79,6 +79,17 @@ def test_a_bit_flipped_between_two_lives(connect, make_blocks, tmp_path) -> None
     assert connect(tiers=tiers(tmp_path)).lookup(tokens) == 8, "the damaged block was withdrawn"
 
 
+def test_closing_writes_out_what_waits_for_the_disk(connect, tmp_path) -> None:
+    rng = np.random.default_rng(7)
+    tokens, blocks = list(range(4 * 48)), rng.random((48, 1 << 18), dtype=np.float32)
+    large = {"block_shape": (1 << 18,), "tiers": f"host:64MiB,disk:{tmp_path}:64MiB"}
+    client = connect(**large)
+    assert client.put(tokens, blocks) == 48
+    client.close()  # at once: most of these 48 MiB are not on disk yet
+    again = connect(**large)
+    assert again.get(tokens).tobytes() == blocks.tobytes()
+
+
 @pytest.mark.parametrize("writes", [1, 40, 400])
 def test_killed_while_writing(connect, tmp_path, writes, run_directory, eventually) -> None:
     writer = subprocess.Popen(

@@ -60,6 +60,8 @@ class Limits:
     """Threads that move bytes to and from disk."""
     checksum_threads: int = 1
     """Threads that compute block checksums."""
+    drain_timeout_s: float = 2.0
+    """How long a daemon that is told to stop goes on writing what waits for the disk."""
     call_blocks_max: int = 1 << 18
     """Hashes accepted in one message: 2**18 blocks of 64 tokens are 16 million tokens."""
 

@@ -268,6 +268,11 @@ class Manager:
         return busy + self._offloading.pending
 
     @property
+    def storing(self) -> int:
+        """Blocks and jobs on their way into the tiers, those on their way out left aside."""
+        return self._storing.in_flight + self._offloading.pending
+
+    @property
     def written(self) -> int:
         """Write counter of the block last given out to be written to disk."""
         return self._offloading.written

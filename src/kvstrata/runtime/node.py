@@ -69,6 +69,11 @@ class Node:
         """Whether anything is on its way or held, so that time matters."""
         return bool(self.manager.pending or self.manager.holds)
 
+    @property
+    def writing(self) -> int:
+        """Blocks that are being stored or written to disk; 0 once a stop loses nothing."""
+        return self.manager.storing
+
     def statistics(self) -> dict[str, Any]:
         """Return counters and tier states as plain names and numbers."""
         return {

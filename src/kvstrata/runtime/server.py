@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import secrets
+import select
 import time
 from dataclasses import dataclass
 
@@ -70,6 +71,7 @@ class NodeServer:
         self._node: Node | None = None
         self._sessions: dict[SessionId, _Session] = {}
         self._stopping = False
+        self._orphaned = False  # the parent is gone: nothing may outlive it for long
         self._malformed = 0
         self._late_calls = 0
         self._wake, self.wake_descriptor = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -94,6 +96,8 @@ class NodeServer:
                 self._receive_all()
                 if self._node:
                     self._node.work(time.monotonic())
+            if self._node and not self._orphaned:
+                self._write_out(self._node)
         finally:
             self.close()
 
@@ -123,6 +127,16 @@ class NodeServer:
 
     # -- the loop ------------------------------------------------------------------------------
 
+    def _write_out(self, node: Node) -> None:
+        """Let what was on its way to disk arrive, for a bounded time: an orderly end keeps it."""
+        until = time.monotonic() + self._config.limits.drain_timeout_s
+        while node.writing and (now := time.monotonic()) < until:
+            if select.select([self._wake], [], [], _BUSY_WAIT_MS / 1000)[0]:
+                os.read(self._wake, 65536)
+            node.work(now)
+        if node.writing:
+            log.warning("stopped before %d blocks were written to disk", node.writing)
+
     def _wait(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -136,7 +150,7 @@ class NodeServer:
         if self._wake in ready:
             os.read(self._wake, 65536)
         if self._parent and (self._parent.fileno() < 0 or self._parent.fileno() in ready):
-            self._stopping = True
+            self._stopping = self._orphaned = True
         for identifier, session in list(self._sessions.items()):
             for watch in session.watches:
                 if watch.fileno() in ready:
