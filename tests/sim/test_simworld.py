@@ -107,7 +107,7 @@ def test_a_failing_seed_can_be_replayed(
 
 def forget_pins(patch: pytest.MonkeyPatch) -> None:
     """Pin nothing: whoever reads is not protected from eviction."""
-    patch.setattr(Pool, "pin", lambda self, slots: Pin(slots, lambda _: None))  # noqa: ARG005
+    patch.setattr(Pool, "pin", lambda self, slots, used=True: Pin(slots, id))  # noqa: ARG005
 
 
 def forget_the_floor(patch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,8 @@ class NodeConfig:
     """File with the cluster secret; None keeps one beside the disk tier's blocks."""
     limits: Limits = Limits()
     """Bounds of queues, waits and batches."""
+    policy: str = "lru"
+    """Eviction policy of every tier, by name."""
 
     @property
     def host(self) -> TierConfig:

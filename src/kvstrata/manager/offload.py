@@ -112,7 +112,7 @@ class Offloading:
         state, host, disk = self._state, self._state.host, self._state.disk
         assert disk is not None
         count = min(len(keys), disk.available)
-        reservation = disk.reserve(count) if count else None
+        reservation = disk.reserve(count, keys[:count]) if count else None
         state.counters.throttled_write_blocks += len(keys) - (count if reservation else 0)
         if reservation is None:
             return
@@ -128,6 +128,6 @@ class Offloading:
             written=self.written + 1,
         )
         self.written += count
-        self._writes[job.transfer] = _Write(job, host.pin(slots))
+        self._writes[job.transfer] = _Write(job, host.pin(slots, used=False))
         self._writing.update(keys)
         state.outbox.append(job)

@@ -75,10 +75,10 @@ class Onboarding:
         sources = disk.scan(hashes)
         count = min(len(hashes), state.host.available)
         # Leaf-first eviction may refuse what `available` promises: take what it gives.
-        reservation = state.host.reserve(count) if count else None
+        reservation = state.host.reserve(count, hashes[:count]) if count else None
         while reservation is None and count > 1:
             count //= 2
-            reservation = state.host.reserve(count)
+            reservation = state.host.reserve(count, hashes[:count])
         count = len(reservation.slots) if reservation else 0
         if reservation is None:
             return hashes

@@ -61,17 +61,18 @@ class Storing:
         chain = [slot for slot in found if slot is not None]
         if parent is not None:
             chain = [slot for slot in host.scan([parent]) if slot is not None] + chain
-        with host.pin(chain):
+        with host.pin(chain, used=False):
             wanted = [
                 index
                 for index, slot in enumerate(found)
                 if slot is None and hashes[index] not in self._coming
             ]
             count = min(len(wanted), host.available)
-            reservation = host.reserve(count) if count else None
+            coming = [hashes[index] for index in wanted[:count]]
+            reservation = host.reserve(count, coming) if count else None
             while reservation is None and count > 1:
                 count //= 2
-                reservation = host.reserve(count)
+                reservation = host.reserve(count, coming[:count])
         slots = reservation.slots if reservation else []
         throttled = len(wanted) - len(slots)
         self._state.counters.throttled_reserve_blocks += throttled

@@ -1,6 +1,14 @@
 """Eviction: in which order idle slots are given up. A seam; the pool decides what is idle."""
 
+from kvstrata.policy.auto import AutoPolicy
 from kvstrata.policy.base import EvictionPolicy
 from kvstrata.policy.lru import LruPolicy
+from kvstrata.policy.registry import make_policy, policy_names
 
-__all__ = ["EvictionPolicy", "LruPolicy"]
+__all__ = [
+    "AutoPolicy",
+    "EvictionPolicy",
+    "LruPolicy",
+    "make_policy",
+    "policy_names",
+]

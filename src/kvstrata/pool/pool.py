@@ -101,6 +101,7 @@ class Pool:
         self._orphans: dict[SequenceHash, int] = {}  # the same for parents that are not resident
         self._evictions = 0
         self._duplicates = 0
+        policy.bind(slots_total, self._hash)
 
     # -- finding -------------------------------------------------------------------------------
 
@@ -139,8 +140,11 @@ class Pool:
 
     # -- pinning -------------------------------------------------------------------------------
 
-    def pin(self, slots: Sequence[SlotId]) -> Pin:
-        """Hold registered `slots`, root first, until the returned pin is released."""
+    def pin(self, slots: Sequence[SlotId], *, used: bool = True) -> Pin:
+        """Hold registered `slots`, root first, until the returned pin is released.
+
+        With `used` false the policy does not count it as a use of them.
+        """
         pins = self._pins
         idle = []
         for slot in slots:
@@ -149,9 +153,16 @@ class Pool:
                 idle.append(slot)
             pins[slot] += 1
         self._policy.reclaim(idle)
-        return Pin(slots, self._unpin)
+        return Pin(slots, self._unpin if used else self._unpin_unused)
 
     def _unpin(self, slots: Sequence[SlotId]) -> None:
+        self._policy.admit(self._let_go(slots))
+
+    def _unpin_unused(self, slots: Sequence[SlotId]) -> None:
+        self._policy.spare(self._let_go(slots))
+
+    def _let_go(self, slots: Sequence[SlotId]) -> list[SlotId]:
+        """Take one pin off each of `slots`; return those that are idle now, deepest first."""
         pins = self._pins
         idle = []
         for slot in reversed(slots):  # deepest first: a chain ages from its end
@@ -163,7 +174,7 @@ class Pool:
                 idle.append(slot)
             else:  # withdrawn while in use: this was its last reader
                 self._free_now([slot])
-        self._policy.admit(idle)
+        return idle
 
     def touch(self, slots: Sequence[SlotId]) -> None:
         """Make registered `slots`, root first, the most recently used."""
@@ -171,12 +182,16 @@ class Pool:
 
     # -- writing -------------------------------------------------------------------------------
 
-    def reserve(self, count: int) -> Reservation | None:
-        """Return `count` slots to fill, evicting if need be, or None and nothing changed."""
+    def reserve(self, count: int, coming: Sequence[SequenceHash] = ()) -> Reservation | None:
+        """Return `count` slots to fill, evicting if need be, or None and nothing changed.
+
+        `coming` are the keys that the slots are for, root first, as far as known: some policies
+        choose better for them.
+        """
         free = self._free
         evicted: list[SequenceHash] = []
         if count > len(free):
-            made_room = self._evict(count - len(free))
+            made_room = self._evict(count - len(free), coming[::-1])
             if made_room is None:
                 return None
             evicted = made_room
@@ -260,7 +275,7 @@ class Pool:
         """
         slots = [slot for slot in map(self._slot_of.get, hashes) if slot is not None]
         pins = self._pins
-        self._policy.reclaim([slot for slot in slots if not pins[slot]])
+        self._policy.forget(slots)
         for slot in slots:
             self._unregister(slot)
             self._move([slot], _REGISTERED, _QUARANTINED)
@@ -369,14 +384,14 @@ class Pool:
             self._orphans[parent] = left
         return above
 
-    def _evict(self, count: int) -> list[SequenceHash] | None:
+    def _evict(self, count: int, coming: Sequence[SequenceHash]) -> list[SequenceHash] | None:
         """Free the slots of `count` idle leaves, coldest first, or change nothing."""
         policy = self._policy
         taken: list[SlotId] = []
         chosen: list[SlotId] = []
         parents: dict[SlotId, None] = {}  # victims that a resident block hangs on
         while len(chosen) < count:
-            batch = policy.victims(count - len(chosen)) or policy.victims(len(policy))
+            batch = policy.victims(count - len(chosen), coming) or policy.victims(len(policy))
             if not batch:
                 break
             taken += batch
@@ -390,7 +405,7 @@ class Pool:
                     self._add_child(parent)
             self._return_victims(taken)
             return None
-        policy.admit(parents)
+        policy.spare(parents)
         return self._forget(chosen)
 
     def _choose(
@@ -427,7 +442,7 @@ class Pool:
 
     def _return_victims(self, taken: list[SlotId]) -> None:
         rest = self._policy.victims(len(self._policy))
-        self._policy.admit(taken + rest)  # the order of before: a refusal changes nothing
+        self._policy.spare(taken + rest)  # the order of before: a refusal changes nothing
 
     def _forget(self, slots: list[SlotId]) -> list[SequenceHash]:
         """Free idle leaves that already left the policy and their parents' counts."""

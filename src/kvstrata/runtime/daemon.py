@@ -19,6 +19,7 @@ import msgspec
 
 from kvstrata.core.config import NodeConfig
 from kvstrata.core.errors import ConfigError
+from kvstrata.policy import make_policy
 from kvstrata.runtime.addresses import check_address, lock_path, socket_path
 from kvstrata.runtime.process import ProcessWatch
 from kvstrata.runtime.server import NodeServer
@@ -53,11 +54,12 @@ class ReadyLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def check(config: NodeConfig) -> None:
-    """Raise ConfigError for tiers that cannot work whatever the layout of the blocks will be.
+    """Raise ConfigError for a policy or tiers that cannot work whatever the blocks' layout is.
 
     The layout is known only when the first client connects; an operator should not have to wait
     for that to learn of a wrong size or directory.
     """
+    make_policy(config.policy)
     check_host_size(config.host.capacity_bytes)
     if config.disk and config.disk.directory:
         check_directory(config.disk.directory)

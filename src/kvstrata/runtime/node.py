@@ -11,7 +11,7 @@ from kvstrata.core.config import NodeConfig
 from kvstrata.core.tier import Tier
 from kvstrata.layout import BlockLayout
 from kvstrata.manager import Manager
-from kvstrata.policy import LruPolicy
+from kvstrata.policy import make_policy
 from kvstrata.pool import Pool
 from kvstrata.storage.arena import Arena
 from kvstrata.storage.slab import Slab
@@ -36,8 +36,9 @@ class Node:
             if self.slab:
                 self.slab.close()
             raise
-        host = Pool(self.arena.grid.slots, LruPolicy(), self.arena.generations)
-        disk = Pool(self.slab.grid.slots, LruPolicy()) if self.slab else None
+        policy = config.policy
+        host = Pool(self.arena.grid.slots, make_policy(policy), self.arena.generations)
+        disk = Pool(self.slab.grid.slots, make_policy(policy)) if self.slab else None
         self.manager = Manager(host, disk, config.limits)
         if self.slab:
             self.manager.recover(self.slab.recover(), self.slab.floor)

@@ -22,7 +22,7 @@ from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId
 from kvstrata.core.tier import Tier
 from kvstrata.manager import Counters, Manager
-from kvstrata.policy import LruPolicy
+from kvstrata.policy import make_policy, policy_names
 from kvstrata.pool import Pool
 from kvstrata.testing.oracle import GARBAGE, Content, Flight, Ledger, Luck, Mover
 
@@ -128,8 +128,10 @@ class SimWorld:
     # -- the daemon ----------------------------------------------------------------------------
 
     def _start_daemon(self) -> None:
-        self._host = Pool(HOST_SLOTS, LruPolicy())
-        self._disk = Pool(DISK_SLOTS, LruPolicy())
+        names = policy_names()
+        name = names[self.seed % len(names)]
+        self._host = Pool(HOST_SLOTS, make_policy(name))
+        self._disk = Pool(DISK_SLOTS, make_policy(name))
         self._manager = Manager(self._host, self._disk, LIMITS)
         self._manager.recover(self._ledger.recoverable(), self._ledger.floor)
 

@@ -73,6 +73,9 @@ def serve(
         str | None,
         typer.Option(help="Tiers, host first: host:2GiB or host:2GiB,disk:/var/kv:20GiB."),
     ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Eviction policy: lru, arc, lru2, s3fifo, 2q, auto.")
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="Where to listen: an absolute ipc:// path.")
     ] = None,
@@ -89,6 +92,7 @@ def serve(
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     given: dict[str, Any] = {
         "tiers": tiers,
+        "policy": policy,
         "address": address,
         "secret_file": secret_file,
         "staging_timeout_s": staging_timeout_s,

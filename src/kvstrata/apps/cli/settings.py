@@ -22,6 +22,8 @@ class ServeSettings(BaseSettings):
 
     tiers: str = "host:1GiB"
     """Tiers, host first: `host:2GiB` or `host:2GiB,disk:/var/kv:20GiB`."""
+    policy: str = "lru"
+    """Eviction policy of every tier: lru, arc, lru2, s3fifo, 2q, auto, or a plug-in's name."""
     address: str = Field(default_factory=default_address)
     """Where to listen: an absolute `ipc://` path."""
     secret_file: Path | None = None
@@ -71,6 +73,7 @@ class ServeSettings(BaseSettings):
         return NodeConfig(
             tiers=parse_tiers(self.tiers),
             secret_file=str(self.secret_file) if self.secret_file else None,
+            policy=self.policy,
             limits=Limits(
                 staging_timeout_s=self.staging_timeout_s,
                 transfer_threads=self.transfer_threads,

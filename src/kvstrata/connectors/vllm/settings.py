@@ -28,6 +28,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """Daemon to use, such as `ipc:///run/user/1000/kvstrata/node.sock`; empty starts one."""
     tiers: str = "host:1GiB"
     """Tiers of the private daemon: `host:2GiB,disk:/var/kv:20GiB`. Not read with an address."""
+    policy: str = "lru"
+    """Eviction policy of the private daemon: lru, arc, lru2, s3fifo, 2q, auto, or a plug-in's."""
     block_tokens: Annotated[int, msgspec.Meta(ge=1, le=65536)] | None = None
     """Tokens in one block, a multiple of vLLM's block size; engines that share blocks must agree on
     it. None takes the smallest multiple that is at least 64."""
@@ -56,7 +58,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         if self.address:
             return self.address
         limits = Limits(staging_timeout_s=self.staging_timeout_s)
-        return NodeConfig(parse_tiers(self.tiers), self.secret_file, limits)
+        return NodeConfig(parse_tiers(self.tiers), self.secret_file, limits, self.policy)
 
     @property
     def session_limits(self) -> SessionLimits:
