@@ -24,6 +24,7 @@ from typing import Any
 from operations import FULL, QUICK, Measured, Sizes, measure_hash, measure_pool
 from rich.console import Console
 from rich.table import Table
+from scale import FULL_SCALES, QUICK_SCALES, Scaled, measure_scales, ratios
 from sides import Limit, Ours, Side
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +129,25 @@ def table(records: list[dict[str, Any]]) -> Table:
     return view
 
 
+def scale_table(lines: list[Scaled]) -> Table:
+    """Return the costs of one very long request for people."""
+    view = Table(title="Requests of 8,192 blocks: microseconds per block (median)")
+    view.add_column("operation")
+    for name in ("resident", "ours", "vLLM", "limit", "vLLM / ours", "bytes a block"):
+        view.add_column(name, justify="right")
+    for line in lines:
+        costs = {side: f"{cost.median:.2f}" for side, cost in line.costs.items()}
+        record = line.record()
+        view.add_row(
+            line.operation,
+            f"{line.slots:,}",
+            *(costs.get(side, "-") for side in ("ours", "peer", "limit")),
+            str(record.get("theirs_over_ours", "-")),
+            str(record.get("resident_bytes", "-")),
+        )
+    return view
+
+
 def _cost(record: dict[str, Any], side: str) -> str:
     middle = record[f"{side}_us"]
     if middle is None:
@@ -161,8 +181,11 @@ def main(given: list[str]) -> int:
         talk.print(f"no peer: {reason}; measuring ours and the limit only", markup=False)
     with talk.status("measuring") as status:
         lines = measure(QUICK if arguments.quick else FULL, peer, status.update)
+        scales = QUICK_SCALES if arguments.quick else FULL_SCALES
+        scaled = list(measure_scales(peer, scales, status.update))
     records = [as_record(line) for line in lines]
     out.print(table(records))
+    out.print(scale_table(scaled))
     report = {
         "command": "python bench/micro.py" + (" --quick" if arguments.quick else ""),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -170,6 +193,8 @@ def main(given: list[str]) -> int:
         "load_average": round(os.getloadavg()[0], 2),
         "versions": versions(),
         "peer": None if peer is None else "vllm CPUOffloadingManager, LRU",
+        "ratios": ratios(scaled),
+        "scale": [line.record() for line in scaled],
         "results": records,
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -28,10 +28,10 @@ _HIT = LookupResult.HIT
 
 
 class Peer:
-    """`CPUOffloadingManager` with its LRU policy; one new request context for each call."""
+    """`CPUOffloadingManager`; one new request context for each call."""
 
-    def __init__(self, slots: int, hash_name: str = "sha256") -> None:
-        self.manager = CPUOffloadingManager(slots, cache_policy="lru")
+    def __init__(self, slots: int, hash_name: str = "sha256", policy: str = "lru") -> None:
+        self.manager = CPUOffloadingManager(slots, cache_policy=policy)
         hash_function = get_hash_fn_by_name(hash_name)
         init_none_hash(hash_function)
         self.hasher = get_request_block_hasher(BLOCK_TOKENS, hash_function)
@@ -91,10 +91,14 @@ class Peer:
         return done
 
     def store(self, chains: list[tuple[list[Any], Any]]) -> int:
-        """`prepare_store` and `complete_store`."""
+        """`prepare_store`, `complete_store`, and the request's end, which sets its recency.
+
+        Ours sets it while it registers.
+        """
         done = 0
         for keys, context in chains:
             done += self._store(keys, context)
+            self.manager.on_request_finished(context)
         return done
 
     def serve(self, chains: list[tuple[list[Any], Any]]) -> int:

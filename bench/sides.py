@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvstrata.core.ids import SequenceHash, SlotId
-from kvstrata.policy.lru import LruPolicy
+from kvstrata.policy import make_policy
 from kvstrata.pool import Pool
 from kvstrata.tokens import Namespace, NamespaceKey, lineage_digests, sequence_hashes
 from kvstrata.tokens.namespace import salted_key
@@ -61,10 +61,10 @@ class Side(Protocol):
 
 
 class Ours:
-    """`kvstrata.tokens` and `kvstrata.pool.Pool` with the LRU policy."""
+    """`kvstrata.tokens` and `kvstrata.pool.Pool`."""
 
-    def __init__(self, slots: int) -> None:
-        self.pool = Pool(slots, LruPolicy())
+    def __init__(self, slots: int, policy: str = "lru") -> None:
+        self.pool = Pool(slots, make_policy(policy))
         space = Namespace("bench", "0", "", "bfloat16", "1", BLOCK_TOKENS)
         self.key: NamespaceKey = salted_key(space.model_key(bytes(32)), "")
 
@@ -129,7 +129,7 @@ class Ours:
         return done
 
     def _store(self, chain: list[SequenceHash], parent: SequenceHash | None) -> int:
-        room = self.pool.reserve(len(chain))
+        room = self.pool.reserve(len(chain), chain)
         assert room is not None, "nothing is pinned, so there is room"
         self.pool.stage(room.slots)
         return len(self.pool.register(room.slots, chain, [parent, *chain[:-1]]))

@@ -37,28 +37,30 @@ class ArcPolicy:
 
     def admit(self, slots: Iterable[SlotId]) -> None:
         """New blocks go to `once`; used ones, and those a ghost remembers, to `often`."""
-        lists, once, often = self._list, self._once, self._often
-        arrived = 0
+        lists, once, often, keys = self._list, self._once, self._often, self._keys
+        once_ghosts, often_ghosts, returning = (
+            self._once_ghosts, self._often_ghosts, self._returning,
+        )  # fmt: skip
         for slot in slots:
             place = lists[slot]
-            if place == _OFTEN:
+            if place:
+                if place == _ONCE:
+                    lists[slot] = _OFTEN
+                    self._once_total -= 1
+                    self._often_total += 1
                 often[slot] = None
-            elif place == _ONCE:
-                lists[slot] = _OFTEN
-                often[slot] = None
-                self._once_total -= 1
-                self._often_total += 1
-            elif self._known(self._keys[slot]):
+                continue
+            key = keys[slot]
+            if key in once_ghosts or key in often_ghosts or key in returning:
+                self._known(key)
                 lists[slot] = _OFTEN
                 often[slot] = None
                 self._often_total += 1
             else:
                 lists[slot] = _ONCE
                 once[slot] = None
-                arrived += 1
-        if arrived:
-            self._once_total += arrived
-            self._trim()
+                self._once_total += 1
+        self._trim()
 
     def reclaim(self, slots: Iterable[SlotId]) -> None:
         """Take `slots` out of their lists; the lists remember them."""
@@ -86,6 +88,8 @@ class ArcPolicy:
         once, often = self._once, self._often
         if count > len(once) + len(often):
             return []
+        if self._strange(coming):
+            return self._victims_for_strangers(count)
         chosen = []
         once_total = self._once_total  # as it will be while the blocks of `coming` arrive
         ahead = len(coming) - count
@@ -125,6 +129,36 @@ class ArcPolicy:
     def __len__(self) -> int:
         return len(self._once) + len(self._often)
 
+    def _strange(self, coming: Sequence[SequenceHash]) -> bool:
+        """Return whether no ghost remembers any of `coming`, as is so for a new conversation."""
+        return (
+            not self._returning
+            and self._once_ghosts.keys().isdisjoint(coming)
+            and self._often_ghosts.keys().isdisjoint(coming)
+        )
+
+    def _victims_for_strangers(self, count: int) -> list[SlotId]:
+        """Choose as the walk in `victims` does where each arrival makes `once` one longer."""
+        once, often = self._once, self._often
+        short = max(0, int(self._target) + 1 - self._once_total)  # steps that `often` pays for
+        from_often = min(count, short, len(often))
+        from_once = min(count - from_often, len(once))
+        from_often = count - from_once
+        chosen = [often.popitem(last=False)[0] for _ in range(from_often)]
+        chosen += [once.popitem(last=False)[0] for _ in range(from_once)]
+        lists, keys = self._list, self._keys
+        for slot in chosen:
+            lists[slot] = _NONE
+        names = [keys[slot] for slot in chosen]
+        for key in names[:from_often]:
+            self._often_ghosts[key] = None
+        for key in names[from_often:]:
+            self._once_ghosts[key] = None
+        self._often_total -= from_often
+        self._once_total -= from_once
+        self._trim()
+        return chosen
+
     def _known(self, key: SequenceHash | None) -> bool:
         """Return whether a ghost remembers `key`; if so it is used up and moves the target."""
         if key in self._returning:
@@ -153,10 +187,11 @@ class ArcPolicy:
     def _trim(self) -> None:
         """Keep what is known to one capacity for `once`, two in all, as the paper does."""
         once_ghosts, often_ghosts, limit = self._once_ghosts, self._often_ghosts, self._capacity
-        while once_ghosts and self._once_total + len(once_ghosts) > limit:
+        over = self._once_total + len(once_ghosts) - limit
+        for _ in range(min(over, len(once_ghosts))):
             once_ghosts.popitem(last=False)
         known = self._once_total + self._often_total + len(once_ghosts)
-        while often_ghosts and known + len(often_ghosts) > 2 * limit:
+        for _ in range(min(known + len(often_ghosts) - 2 * limit, len(often_ghosts))):
             often_ghosts.popitem(last=False)
         if len(self._returning) > limit:  # promised and never stored
             self._returning.clear()

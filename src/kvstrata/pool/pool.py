@@ -25,7 +25,9 @@ __all__ = ["Generations", "Pool", "PoolStatistics", "Reservation"]
 
 # As plain ints, which the interpreter compares faster than members of an IntEnum.
 _FREE, _FILLING, _STAGED = int(SlotState.FREE), int(SlotState.FILLING), int(SlotState.STAGED)
+
 _REGISTERED, _QUARANTINED = int(SlotState.REGISTERED), int(SlotState.QUARANTINED)
+_PIECE = 256  # blocks that `match` tries to find at once
 
 
 class Generations(Protocol):
@@ -107,16 +109,36 @@ class Pool:
 
     def match(self, hashes: Sequence[SequenceHash]) -> list[SlotId]:
         """Return the slots of the longest resident prefix of `hashes`."""
-        if not hashes or hashes[0] not in self._slot_of:
-            return []  # an unknown prompt, however long, costs one lookup
-        found = list(map(self._slot_of.get, hashes))
-        if None in found:
-            del found[found.index(None) :]
-        return found  # type: ignore[return-value]  # no None is left
+        slot_of, names = self._slot_of, self._hash
+        found: list[SlotId] = []
+        hashes = hashes if isinstance(hashes, list) else list(hashes)
+        while len(found) < len(hashes):
+            place = len(found)
+            first = slot_of.get(hashes[place])
+            if first is None:  # an unknown prompt, however long, costs one lookup
+                return found
+            # A chain that was stored at once lies in rising slots: comparing neighbours, which
+            # are neighbours in memory, is several times cheaper than finding each.
+            piece = hashes[place : place + _PIECE]
+            last = first + len(piece) - 1
+            if (
+                last < self.slots_total
+                and names[last] == piece[-1]
+                and names[first : last + 1] == piece
+            ):
+                found += range(first, last + 1)  # type: ignore[arg-type]  # ints are what slots are
+                continue
+            slots = list(map(slot_of.get, piece))
+            if None in slots:
+                return found + slots[: slots.index(None)]  # type: ignore[operator]
+            found += slots  # type: ignore[arg-type]  # no None is left
+        return found
 
     def scan(self, hashes: Iterable[SequenceHash]) -> list[SlotId | None]:
         """Return the slot of each hash, or None where it is not resident."""
-        return list(map(self._slot_of.get, hashes))
+        keys = list(hashes)
+        found: list[SlotId | None] = [*self.match(keys)]
+        return found + list(map(self._slot_of.get, keys[len(found) :]))
 
     def __contains__(self, sequence_hash: object) -> bool:
         return sequence_hash in self._slot_of
@@ -346,7 +368,12 @@ class Pool:
 
     def _move(self, slots: Sequence[SlotId], source: int, target: int) -> None:
         assert (source, target) in LEGAL_MOVES, f"{source} -> {target} is not a move"
-        state = self._state
+        state, count = self._state, len(slots)
+        if count > 1 and slots == list(range(slots[0], slots[0] + count)):
+            piece = slice(slots[0], slots[0] + count)
+            assert state.count(source, piece.start, piece.stop) == count, f"some are not {source}"
+            state[piece] = bytes((target,)) * count
+            return
         for slot in slots:
             assert state[slot] == source, f"{slot=} is {state[slot]}, not {source}"
             state[slot] = target
@@ -412,6 +439,32 @@ class Pool:
         self, batch: list[SlotId], chosen: list[SlotId], parents: dict[SlotId, None]
     ) -> None:
         """Sort victims into leaves, which are chosen, and slots that a resident block needs."""
+        for first in range(0, len(batch), _PIECE):
+            piece = batch[first : first + _PIECE]
+            if self._is_chain_end(piece):  # parents too, for their children leave before them
+                lowest = piece[-1]
+                self._children[lowest : lowest + len(piece)] = [0] * len(piece)
+                chosen += piece
+                parent = self._parent[lowest]
+                if parent is not None:
+                    self._drop_child(parent)
+            else:
+                self._choose_each(piece, chosen, parents)
+
+    def _is_chain_end(self, piece: list[SlotId]) -> bool:
+        """Return whether these are the end of one chain, deepest first, in neighbouring slots."""
+        count, lowest = len(piece), piece[-1]
+        last = lowest + count - 1
+        return (
+            piece[0] == last
+            and piece == list(range(last, lowest - 1, -1))
+            and self._children[lowest : last + 1] == [1] * (count - 1) + [0]
+            and self._parent[lowest + 1 : last + 1] == self._hash[lowest:last]
+        )
+
+    def _choose_each(
+        self, batch: list[SlotId], chosen: list[SlotId], parents: dict[SlotId, None]
+    ) -> None:
         slot_of, children, parent_of = self._slot_of, self._children, self._parent
         for slot in batch:
             if children[slot]:
@@ -448,8 +501,10 @@ class Pool:
         """Free idle leaves that already left the policy and their parents' counts."""
         slot_of, hashes, parents, state = self._slot_of, self._hash, self._parent, self._state
         keys = [key for key in map(hashes.__getitem__, slots) if key is not None]
-        for slot, key in zip(slots, keys, strict=True):
+        assert len(keys) == len(slots), "an evicted slot has no key"
+        for key in keys:
             del slot_of[key]
+        for slot in slots:
             hashes[slot] = parents[slot] = None
             state[slot] = _FREE
         self._free += slots
