@@ -17,7 +17,7 @@ POOL = "src/kvstrata/pool/thing.py"
 SEAM = "src/kvstrata/policy/base.py"
 ROOMS = [
     *("core", "tokens", "layout", "policy", "pool", "storage", "transfer", "manager"),
-    *("runtime", "connectors", "apps", "testing"),
+    *("runtime", "sim", "connectors", "apps", "testing"),
 ]
 HOME = "/" + "home/someone/kv"
 

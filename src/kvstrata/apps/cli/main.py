@@ -138,6 +138,68 @@ def clear(
         typer.echo(f"{admin.clear(tier or ('host', 'disk'))} blocks forgotten")
 
 
+TraceFile = Annotated[Path, typer.Argument(help="A trace; docs/guides/replay.md lists formats.")]
+TraceFormat = Annotated[
+    str | None, typer.Option("--format", help="Its format, if the first line does not tell.")
+]
+BlockTokens = Annotated[
+    int | None, typer.Option(min=1, max=65536, help="Block size of a trace of token ids.")
+]
+HardwareFile = Annotated[
+    Path | None, typer.Option("--hardware", help="TOML file; left out, an example is assumed.")
+]
+Policies = Annotated[
+    list[str] | None, typer.Option("--policy", help="Policy to replay; may be given often.")
+]
+Picture = Annotated[Path | None, typer.Option("--plot", help="Draw the curve to this file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+@_told
+def replay(
+    trace: TraceFile,
+    policy: Policies = None,
+    tiers: Annotated[
+        str, typer.Option(help="host, host:2GiB, or host:5%,disk:50% of the unique blocks.")
+    ] = "host",
+    capacity: Annotated[
+        str | None, typer.Option(help="Sizes to try where the host has none: 1%,5%,20GiB.")
+    ] = None,
+    hardware: HardwareFile = None,
+    trace_format: TraceFormat = None,
+    block_tokens: BlockTokens = None,
+    plot: Picture = None,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Replay a trace through the real manager: hit rates, moves, evictions, time to first token."""
+    from kvstrata.apps.cli.traces import Source, run_replay
+
+    source = Source(trace, trace_format, block_tokens, hardware)
+    run_replay(source, policy or [], tiers, capacity, plot, as_json=as_json)
+
+
+@app.command()
+@_told
+def plan(
+    trace: TraceFile,
+    budget: Annotated[float, typer.Option(help="Most that tiers may cost, as the prices count.")],
+    hardware: HardwareFile = None,
+    policy: Policies = None,
+    trace_format: TraceFormat = None,
+    block_tokens: BlockTokens = None,
+    plot: Picture = None,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Recommend tier sizes and a policy for a trace, a machine and a budget."""
+    from kvstrata.apps.cli.traces import Source, run_plan
+
+    source = Source(trace, trace_format, block_tokens, hardware)
+    run_plan(source, budget, policy or [], plot, as_json=as_json)
+
+
 @app.command()
 @_told
 def demo(

@@ -1,0 +1,1 @@
+"""Traces through the real manager in virtual time: what-if answers and capacity plans."""
