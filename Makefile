@@ -30,6 +30,8 @@ test: env ## check, then every test; the engine's tests come last
 	$(MAKE) --no-print-directory check || status=1; \
 	echo "== tests without an engine"; \
 	$(BIN)/python -m pytest tests --ignore=tests/engine -n 2 || status=1; \
+	echo "== simulated worlds"; \
+	$(BIN)/python -m kvstrata.testing.simworld --seeds 2000 --first 1 || status=1; \
 	echo "== tests with an engine"; \
 	$(BIN)/python -m pytest tests/engine || status=1; \
 	exit $$status

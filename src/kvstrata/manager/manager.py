@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId, TransferId
 from kvstrata.core.tier import Tier
+from kvstrata.manager.explain import Gauges
 from kvstrata.manager.offload import Offloading
 from kvstrata.manager.onboard import Onboarding
 from kvstrata.manager.state import BrainState, Counters
@@ -82,12 +83,18 @@ class _Hold:
 class Manager:
     """Decides over one block layout's tiers."""
 
-    def __init__(self, host: Pool, disk: Pool | None, limits: Limits) -> None:
-        """Take over empty pools; `disk` is None for a node without one."""
+    def __init__(
+        self, host: Pool, disk: Pool | None, limits: Limits, policy: str | None = None
+    ) -> None:
+        """Take over empty pools; `disk` is None for a node without one.
+
+        `policy` names what the pools evict by; with it, gauges tell what others would have hit.
+        """
         self._state = BrainState(
             host=host,
             disk=disk,
             limits=limits,
+            policy=policy or "",
             host_seals=[b""] * host.slots_total,
             disk_seals=[b""] * (disk.slots_total if disk else 0),
         )
@@ -95,6 +102,7 @@ class Manager:
         self._offloading = Offloading(self._state)
         self._storing = Storing(self._state)
         self._holds: dict[Holder, _Hold] = {}
+        self._gauges = Gauges(host.slots_total, policy) if policy else None
 
     def recover(self, blocks: Sequence[StoredBlock], floor: int = 0) -> None:
         """Adopt what the disk store found at start, oldest first; call before anything else.
@@ -120,10 +128,13 @@ class Manager:
     def lookup(self, holder: Holder, hashes: Sequence[SequenceHash], now: float) -> LookupAnswer:
         """Return how much of the prefix is ready; start to stage what lies on disk behind it."""
         state, limits = self._state, self._state.limits
+        state.now = now
         hold = self._holds.get(holder)
         if hold is None:
             hold = self._holds[holder] = _Hold(expires=0.0)
             state.counters.lookups += 1
+            if self._gauges:
+                self._gauges.use(hashes)
         hold.expires = now + limits.hold_timeout_s
         found = state.host.scan(hashes)
         pairs = zip(hashes, found, strict=True)
@@ -142,8 +153,10 @@ class Manager:
             if coming or self._onboarding.is_waiting(holder):
                 pending, until = max(len(on_disk), 1), hold.staging_until
                 return LookupAnswer(ready, from_disk, pending, until, "pending")
-        why = "too slow" if late and (on_disk or coming) else "not kept"
-        return LookupAnswer(ready, from_disk, 0, 0.0, "" if ready == len(hashes) else why)
+        why = ""
+        if ready < len(hashes):
+            why = self._why(hashes[ready], too_late=bool(late and (on_disk or coming)), now=now)
+        return LookupAnswer(ready, from_disk, 0, 0.0, why)
 
     def acquire(self, holder: Holder, hashes: Sequence[SequenceHash], now: float) -> AcquireAnswer:
         """Hold the longest ready prefix of `hashes` for reading until `release`."""
@@ -210,11 +223,15 @@ class Manager:
         if Tier.HOST in tiers:
             self._storing.discard()
             self._onboarding.discard()
-            count += len(state.host.withdraw(state.host.resident()))
+            keys = state.host.resident()
+            state.left(keys, "cleared", Tier.HOST)
+            count += len(state.host.withdraw(keys))
         if Tier.DISK in tiers and state.disk:
             self._offloading.discard()
             self._onboarding.discard()
-            slots = state.disk.withdraw(state.disk.resident(), quarantine=True)
+            keys = state.disk.resident()
+            state.left(keys, "cleared", Tier.DISK)
+            slots = state.disk.withdraw(keys, quarantine=True)
             self._onboarding.erase(slots)
             count += len(slots)
         return count
@@ -231,6 +248,7 @@ class Manager:
         for holder in expired:
             self._state.counters.expired_holds += 1
             self.release(holder)
+        self._state.now = now
         self._offloading.pump()
         jobs = self._state.outbox[:]
         self._state.outbox.clear()
@@ -282,7 +300,22 @@ class Manager:
         """Requests that hold blocks for reading."""
         return len(self._holds)
 
+    def gauges(self) -> dict[str, float]:
+        """Return what the host tier would have hit by `policy xSIZE`; empty without gauges."""
+        return self._gauges.rates() if self._gauges else {}
+
     # -- private -------------------------------------------------------------------------------
+
+    def _why(self, key: SequenceHash, *, too_late: bool, now: float) -> str:
+        """Return why `key` is not ready, most telling reason first."""
+        if too_late:
+            return "too slow"
+        disk = self._state.disk
+        if disk is not None and key in disk:
+            return "on disk, no host slot free"
+        if self._storing.is_coming(key):
+            return "being stored"
+        return self._state.departures.why(key, now)
 
     def _beyond(
         self,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
+from kvstrata.core.tier import Tier
 from kvstrata.manager.state import BrainState
 from kvstrata.pool import Pin
 from kvstrata.transfer.base import JobDone, WriteJob
@@ -116,6 +117,8 @@ class Offloading:
         state.counters.throttled_write_blocks += len(keys) - (count if reservation else 0)
         if reservation is None:
             return
+        if reservation.evicted:
+            state.left(reservation.evicted, "evicted", Tier.DISK, state.policy)
         del keys[count:]
         slots = [slot for slot in host.scan(keys) if slot is not None]
         job = WriteJob(

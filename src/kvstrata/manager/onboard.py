@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvstrata.core.ids import Holder, SequenceHash, SlotId, TransferId
+from kvstrata.core.tier import Tier
 from kvstrata.manager.state import BrainState
 from kvstrata.pool import Pin
 from kvstrata.transfer.base import EraseJob, JobDone, ReadJob
@@ -82,6 +83,8 @@ class Onboarding:
         count = len(reservation.slots) if reservation else 0
         if reservation is None:
             return hashes
+        if reservation.evicted:
+            state.left(reservation.evicted, "evicted", Tier.HOST, state.policy)
         step = state.limits.job_blocks_max
         for first in range(0, count, step):
             last = min(first + step, count)
@@ -162,6 +165,7 @@ class Onboarding:
                 host.abort([slot])
                 if not whole and disk.hash_of(source) == key:
                     bad.append(key)
+                    state.left([key], "corrupt" if arrived else "read failed", Tier.DISK)
                     state.counters.corrupt_blocks += arrived
                     state.counters.read_failed_blocks += not arrived
                 continue

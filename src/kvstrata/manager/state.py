@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kvstrata.core.config import Limits
-from kvstrata.core.ids import TransferId
+from kvstrata.core.ids import SequenceHash, TransferId
+from kvstrata.core.tier import Tier
+from kvstrata.manager.explain import Departure, Departures
 from kvstrata.pool import Pool
 from kvstrata.transfer.base import Job
 
@@ -66,12 +69,22 @@ class BrainState:
     """Seal of the block in each host slot; meaningful while the slot is registered."""
     disk_seals: list[bytes]
     """Seal of the block in each disk slot; meaningful while the slot is registered."""
+    policy: str = "lru"
+    """Name of the eviction policy, for those who ask why."""
     counters: Counters = field(default_factory=Counters)
     """What happened so far."""
     outbox: list[Job] = field(default_factory=list)
     """Jobs decided on and not yet taken by `step`."""
+    departures: Departures = field(default_factory=Departures)
+    """Why blocks that were here are not."""
+    now: float = 0.0
+    """The latest moment that the manager was told of."""
     last_transfer: int = 0
     """The last transfer id given out."""
+
+    def left(self, keys: Iterable[SequenceHash], what: str, tier: Tier, by: str = "") -> None:
+        """Take note that `keys` left `tier`, or did not come to be in it."""
+        self.departures.note(keys, Departure(what, tier, self.now, by))
 
     def next_transfer(self) -> TransferId:
         """Return an id that no job of this brain had before."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId, TransferId
+from kvstrata.core.tier import Tier
 from kvstrata.manager.state import BrainState
 from kvstrata.transfer.base import JobDone, SealJob
 
@@ -51,6 +52,10 @@ class Storing:
         """Return whether `key` is complete and about to be registered."""
         return key in self._sealing
 
+    def is_coming(self, key: SequenceHash) -> bool:
+        """Return whether somebody is filling or sealing `key`."""
+        return key in self._coming
+
     def reserve(
         self, holder: Holder, parent: SequenceHash | None, hashes: Sequence[SequenceHash]
     ) -> tuple[list[int], list[SlotId], int]:
@@ -74,7 +79,12 @@ class Storing:
                 count //= 2
                 reservation = host.reserve(count, coming[:count])
         slots = reservation.slots if reservation else []
+        if reservation and reservation.evicted:
+            self._state.left(reservation.evicted, "evicted", Tier.HOST, self._state.policy)
         throttled = len(wanted) - len(slots)
+        if throttled:
+            refused = [hashes[index] for index in wanted[len(slots) :]]
+            self._state.left(refused, "not stored, no slot free", Tier.HOST)
         self._state.counters.throttled_reserve_blocks += throttled
         del wanted[len(slots) :]
         for index, slot in zip(wanted, slots, strict=True):
@@ -153,6 +163,9 @@ class Storing:
         failed = [job.slots[index] for index, ok in enumerate(done.ok) if not ok]
         host.abort(failed)
         state.counters.seal_failed_blocks += len(failed)
+        bad = [key for key, ok in zip(job.keys, done.ok, strict=True) if not ok]
+        if bad:
+            state.left(bad, "seal failed", Tier.HOST)
         for index in good:
             state.host_seals[job.slots[index]] = done.checksums[index]
         slots = [job.slots[index] for index in good]

@@ -18,10 +18,10 @@ SAMPLED_SLOTS_MIN = 512
 _MASK_MAX = 255
 
 
-def sample_mask(capacity: int) -> int:
-    """Return the mask of a key's last byte that samples enough keys for a tier of this size."""
+def sample_mask(capacity: int, slots_min: int = SAMPLED_SLOTS_MIN) -> int:
+    """Return the mask of a key's last byte that leaves `slots_min` slots of a tier of this size."""
     rate = 1
-    while capacity // (2 * rate) >= SAMPLED_SLOTS_MIN and rate <= _MASK_MAX // 2 + 1:
+    while capacity // (2 * rate) >= slots_min and rate <= _MASK_MAX // 2 + 1:
         rate *= 2
     return min(rate - 1, _MASK_MAX)
 

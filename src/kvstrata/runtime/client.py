@@ -105,6 +105,16 @@ class Client:
         self._session.release([request])
         return ready * self._layout.block_tokens
 
+    def why(self, tokens: TokenIds) -> str:
+        """Return why the first block of `tokens` that is not kept is not; empty if all are."""
+        self._attach()
+        hashes = self._hashes(tokens)
+        request = next(self._requests)
+        self._wait_ready(request, hashes)
+        answer = self._session.lookup(request, hashes).why
+        self._session.release([request])
+        return answer
+
     def put(self, tokens: TokenIds, blocks: ArrayLike) -> int:
         """Store one array for each full block of `tokens`; return how many are new.
 

@@ -39,9 +39,10 @@ class Node:
         policy = config.policy
         host = Pool(self.arena.grid.slots, make_policy(policy), self.arena.generations)
         disk = Pool(self.slab.grid.slots, make_policy(policy)) if self.slab else None
-        self.manager = Manager(host, disk, config.limits)
+        self.manager = Manager(host, disk, config.limits, policy)
         if self.slab:
             self.manager.recover(self.slab.recover(), self.slab.floor)
+        self._policy = policy
         self._pools = {"host": host} | ({"disk": disk} if disk else {})
         self._executor = Executor(
             self.arena, self.slab, layout.fingerprint, config.limits, notify=notify
@@ -85,6 +86,8 @@ class Node:
             "holds": self.manager.holds,
             "counters": dataclasses.asdict(self.manager.counters)
             | {"torn_index_entries": self.slab.torn_entries if self.slab else 0},
+            "policy": self._policy,
+            "would_have_hit": self.manager.gauges(),
             "tiers": {
                 name: dataclasses.asdict(pool.statistics()) for name, pool in self._pools.items()
             },

@@ -132,7 +132,7 @@ class SimWorld:
         name = names[self.seed % len(names)]
         self._host = Pool(HOST_SLOTS, make_policy(name))
         self._disk = Pool(DISK_SLOTS, make_policy(name))
-        self._manager = Manager(self._host, self._disk, LIMITS)
+        self._manager = Manager(self._host, self._disk, LIMITS, name)
         self._manager.recover(self._ledger.recoverable(), self._ledger.floor)
 
     def _crash(self) -> None:

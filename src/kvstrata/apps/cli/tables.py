@@ -32,6 +32,13 @@ def print_stats(stats: dict[str, Any]) -> None:
     for tier, counts in node["tiers"].items():
         tiers.add_row(tier, *(str(counts[name]) for name in names))
     console.print(tiers)
+    if node["would_have_hit"]:
+        gauges = Table(title=f"blocks the host tier would have hit (policy {node['policy']})")
+        gauges.add_column("policy x size")
+        gauges.add_column("%", justify="right")
+        for name, rate in node["would_have_hit"].items():
+            gauges.add_row(name, f"{100 * rate:.1f}")
+        console.print(gauges)
     counters = Table(title="since the daemon started")
     counters.add_column("what")
     counters.add_column("count", justify="right")
