@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check bench sim lock clean
+.PHONY: help env demo test check bench sim mutants lock clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,10 @@ check: env ## lint, format, types, import rules, house rules
 
 bench: env ## measure the manager's cost per block
 	@$(BIN)/python bench/micro.py
+	@$(BIN)/python bench/flat.py
+
+mutants: env ## plant bugs one by one; each must make a test fail
+	@$(BIN)/python tools/mutants.py
 
 sim: env ## run the simulated world: make sim SEEDS=200 FIRST=0
 	@$(BIN)/python -m kvstrata.testing.simworld --seeds $(SEEDS) --first $(FIRST)

@@ -129,6 +129,8 @@ class Ours:
         return done
 
     def _store(self, chain: list[SequenceHash], parent: SequenceHash | None) -> int:
+        if not chain:
+            return 0
         room = self.pool.reserve(len(chain), chain)
         assert room is not None, "nothing is pinned, so there is room"
         self.pool.stage(room.slots)

@@ -190,6 +190,18 @@ def test_a_policy_hits_what_the_plain_program_hits(name, references, capacity) -
     assert play(name, references, capacity) == ORACLES[name](references, capacity)
 
 
+def test_arc_remembers_a_block_whose_return_nobody_announced() -> None:
+    policy, keys = make_policy("arc"), [key(number) for number in range(4)]
+    policy.bind(4, keys)
+    policy.admit([SlotId(slot) for slot in range(4)])
+    assert policy.victims(1) == [0]
+    policy.admit([SlotId(0)])  # the same block again, into the place that it left
+    for slot in (1, 2, 3):
+        policy.reclaim([SlotId(slot)])
+        policy.spare([SlotId(slot)])  # by time alone, block 0 would be the coldest now
+    assert policy.victims(4) == [1, 2, 3, 0]
+
+
 def test_every_shipped_policy_but_auto_has_an_oracle() -> None:
     assert {*ORACLES, "auto"} == set(policy_names())
 

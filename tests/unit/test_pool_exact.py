@@ -136,3 +136,29 @@ def test_a_slot_is_never_given_back_by_someone_who_does_not_write_to_it() -> Non
 def test_a_pool_without_slots_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 slot"):
         Pool(0, LruPolicy())
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 256, 257, 600])
+@pytest.mark.parametrize("stranger", [False, True])
+def test_a_match_stops_at_the_first_miss_wherever_it_is(length, stranger) -> None:
+    """Neighbouring slots are compared piece by piece: a gap within a piece must not be missed."""
+    whole = [key(number) for number in range(1, length + 1)]
+    for gap in sorted({0, 1, length // 2, length - 1}):
+        pool = Pool(length + 1, LruPolicy())
+        room = pool.reserve(length, whole)
+        assert room is not None
+        pool.stage(room.slots)
+        pool.register(room.slots, whole, [None, *whole[:-1]])
+        assert pool.match(whole) == room.slots
+        (slot,) = pool.withdraw([whole[gap]])
+        if stranger:  # another block takes the very slot of the one that is gone
+            spare = pool.reserve(2)
+            assert spare is not None
+            pool.abort([each for each in spare.slots if each != slot])
+            pool.stage([slot])
+            pool.register([slot], [key(9999)], [None])
+        assert pool.match(whole) == room.slots[:gap]
+        expected = [each if place != gap else None for place, each in enumerate(room.slots)]
+        assert pool.scan(whole) == expected
+        assert pool.match(tuple(whole)) == room.slots[:gap]
+        pool.check()

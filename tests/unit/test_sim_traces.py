@@ -156,7 +156,8 @@ def test_a_bad_token_line_is_named(tmp_path, second, field) -> None:
         ([{"kvstrata_trace": 2, "block_tokens": 64}], "version 2"),
         ([{"kvstrata_trace": 1, "block_tokens": 0}], "block_tokens"),
         ([{"what": 1}], "no known trace"),
-        (["[]"], "object"),
+        (["[]"], "record"),
+        (["7"], "record"),
         (["{"], "line 1"),
         ([""], "empty"),
     ],
@@ -184,8 +185,9 @@ def test_names_that_are_not_formats_and_sizes_that_do_not_fit(tmp_path) -> None:
         open_trace(path, block_tokens=64)
     with pytest.raises(TraceError, match="cannot read"):
         open_trace(tmp_path / "absent")
-    with pytest.raises(TraceError, match="is a directory"):
-        open_trace(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TraceError, match=r"no \.json file"):
+        open_trace(tmp_path / "empty")
 
 
 def test_bytes_that_are_not_text(tmp_path) -> None:
@@ -211,3 +213,134 @@ def test_a_large_trace_streams_and_says_how_far_it_is(tmp_path) -> None:
     assert path.stat().st_size > 10 * peak, "the file is never in memory"
     assert 0.95 < sum(told) / trace.size_bytes <= 1
     assert len(told) > 5
+
+
+# -- session files -----------------------------------------------------------------------------
+
+
+def session(name: str, *requests: dict, **fields: object) -> dict:
+    return {"id": name, "block_size": 64, "requests": list(requests)} | fields
+
+
+def asked(at: float, *ids: int, **fields: object) -> dict:
+    return {"t": at, "type": "s", "in": 64 * len(ids) + 9, "out": 5, "hash_ids": list(ids)} | fields
+
+
+def folder_of(folder: Path, *sessions: dict) -> Path:
+    for number, each in enumerate(sessions):
+        (folder / f"trace_{number:04}.json").write_text(json.dumps(each))
+    return folder
+
+
+def test_sessions_are_merged_by_arrival_and_kept_apart(tmp_path) -> None:
+    first = session("a", asked(0, 1, 2), asked(30, 1, 2, 3, think_time=4.0), asked(100, 1, 2, 3, 4))
+    second = session("b", asked(5, 1, 2), asked(20, 1, 2, 9))
+    trace = open_trace(folder_of(tmp_path, first, second))
+    assert (trace.info.format, trace.info.block_tokens) == ("sessions", 64)
+    found = list(trace)
+    assert [(each.session, each.arrival_s) for each in found] == [
+        ("a", 0.0), ("a", 30.0), ("b", 65.0), ("b", 80.0), ("a", 100.0),
+    ]  # fmt: skip
+    assert found[0].blocks == found[1].blocks[:2] == found[4].blocks[:2]
+    assert not set(found[0].blocks) & set(found[2].blocks), "ids are a session's own"
+    shared = [session(name, asked(0, 1), hash_id_scope="global") for name in "ab"]
+    one, other = open_trace(folder_of(tmp_path, *shared))
+    assert one.blocks == other.blocks
+
+
+def test_agents_within_a_session_share_its_ids(tmp_path) -> None:
+    nested = {"t": 10, "type": "subagent", "requests": [asked(12, 1, 7), asked(25, 1, 7, 8)]}
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(session("a", asked(0, 1), nested, asked(20, 1, 2))))
+    found = list(open_trace(path))
+    assert [each.arrival_s for each in found] == [0.0, 12.0, 20.0, 25.0]
+    assert {each.blocks[0] for each in found} == {found[0].blocks[0]}
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (session("b", asked(-1, 1)), "t"),
+        (session("b", asked(0, 1, **{"in": 640})), r"requests\[0\]: hash_ids"),
+        (session("b", asked(0, 1), block_size=32), "block_size"),
+        (session("b", hash_id_scope="mine"), "hash_id_scope"),
+        ({"id": "b"}, "block_size"),
+        ([], "object"),
+    ],
+)
+def test_a_bad_session_is_named(tmp_path, bad, words) -> None:
+    folder = folder_of(tmp_path, session("a", asked(0, 1)), bad)
+    with pytest.raises(TraceError, match=words) as caught:
+        list(open_trace(folder))
+    assert "trace_0001.json" in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_directory_of_sessions_streams(tmp_path) -> None:
+    size = 0
+    for number in range(60):
+        requests = [asked(turn * 1.0, *range(200 + turn)) for turn in range(40)]
+        path = tmp_path / f"{number:03}.json"
+        path.write_text(json.dumps(session(str(number), *requests)))
+        size += path.stat().st_size
+    told = []
+    tracemalloc.start()
+    trace = open_trace(tmp_path)
+    assert sum(1 for _ in trace.read(told.append)) == 60 * 40
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert trace.size_bytes == sum(told) == size
+    assert size > 2 * peak, "only the conversations that are going on are in memory"
+
+
+# -- recordings of vLLM's events ---------------------------------------------------------------
+
+
+def stored(parent: int | None, *names: int, **fields: object) -> dict:
+    return {
+        "type": "BlockStored", "block_hashes": list(names), "parent_block_hash": parent,
+        "token_ids": [1] * 16 * len(names), "block_size": 16, "lora_id": None, "medium": "GPU",
+        "lora_name": None,
+    } | fields  # fmt: skip
+
+
+def test_stored_runs_become_requests_for_their_whole_chains(tmp_path) -> None:
+    gone = {"type": "BlockRemoved", "block_hashes": [3], "medium": "GPU"}
+    path = write(
+        tmp_path,
+        [10.0, [stored(None, 1, 2), {"type": "AllBlocksCleared"}]],
+        [12.5, [gone, stored(2, 3), stored(1, 9), stored(None, 5, medium="CPU")], 0],
+        [13.0, [stored(9, 4, group_idx=1)]],
+    )
+    trace = open_trace(path)
+    assert (trace.info.format, trace.info.block_tokens) == ("vllm-events", 16)
+    first, second, third = trace
+    assert (first.arrival_s, second.arrival_s) == (0.0, 2.5)
+    assert second.blocks[:2] == first.blocks
+    assert len(second.blocks) == 3
+    assert third.blocks[0] == first.blocks[0]
+    assert third.blocks[1] != first.blocks[1]
+    assert second.prompt_tokens == 48
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ([1.0, [stored(7, 8)]], "parent_block_hash 7"),
+        ([-1.0, [stored(1, 8)]], "$[0]"),
+        ([0.5, [stored(1, 8)]], "ts"),
+        ([2.0, [stored(1, 8, token_ids=[1])]], "token_ids"),
+        ([2.0, [stored(1, 8, block_size=32, token_ids=[1] * 32)]], "block_size"),
+        ([2.0, [{"type": "BlockLost"}]], "BlockLost"),
+    ],
+)
+def test_a_bad_batch_is_named(tmp_path, second, words) -> None:
+    trace = open_trace(write(tmp_path, [1.0, [stored(None, 1)]], second))
+    with pytest.raises(TraceError, match="line 2") as caught:
+        list(trace)
+    assert words in caught.value.message
+
+
+def test_a_recording_without_stored_blocks_is_refused(tmp_path) -> None:
+    with pytest.raises(TraceError, match="no blocks were stored"):
+        open_trace(write(tmp_path, [1.0, [{"type": "AllBlocksCleared"}]]))

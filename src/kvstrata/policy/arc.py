@@ -141,20 +141,22 @@ class ArcPolicy:
         """Choose as the walk in `victims` does where each arrival makes `once` one longer."""
         once, often = self._once, self._often
         short = max(0, int(self._target) + 1 - self._once_total)  # steps that `often` pays for
-        from_often = min(count, short, len(often))
-        from_once = min(count - from_often, len(once))
-        from_often = count - from_once
-        chosen = [often.popitem(last=False)[0] for _ in range(from_often)]
-        chosen += [once.popitem(last=False)[0] for _ in range(from_once)]
+        first = min(count, short, len(often))
+        from_once = min(count - first, len(once))
+        rest = count - first - from_once  # `once` has no more to give
         lists, keys = self._list, self._keys
-        for slot in chosen:
-            lists[slot] = _NONE
-        names = [keys[slot] for slot in chosen]
-        for key in names[:from_often]:
-            self._often_ghosts[key] = None
-        for key in names[from_often:]:
-            self._once_ghosts[key] = None
-        self._often_total -= from_often
+        chosen: list[SlotId] = []
+        for order, ghosts, number in (
+            (often, self._often_ghosts, first),
+            (once, self._once_ghosts, from_once),
+            (often, self._often_ghosts, rest),
+        ):
+            gone = [order.popitem(last=False)[0] for _ in range(number)]
+            for slot in gone:
+                lists[slot] = _NONE
+                ghosts[keys[slot]] = None
+            chosen += gone
+        self._often_total -= first + rest
         self._once_total -= from_once
         self._trim()
         return chosen

@@ -50,17 +50,17 @@ def records(
         progress(unsaid)
 
 
-def first_record(path: Path) -> dict[str, Any]:
-    """Return the first line as a JSON object; raises TraceError if it is none."""
+def first_record(path: Path) -> dict[str, Any] | list[Any]:
+    """Return the first line as a JSON object or a list that is not empty; else TraceError."""
     for number, line in _lines(path):
         try:
             found = msgspec.json.decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise _broken(path, number, line, error) from error
-        if not isinstance(found, dict):
+        if not isinstance(found, dict | list) or found == []:
             raise TraceError(
-                f"{path.name}, line {number}: {type(found).__name__} where an object must be",
-                hint="a trace has one JSON object a line",
+                f"{path.name}, line {number}: {type(found).__name__} where a record must be",
+                hint="a trace has one JSON object, or one batch of events, a line",
             )
         return found
     raise TraceError(f"{path.name}: the file is empty", hint="give a trace with requests in it")

@@ -1,0 +1,176 @@
+"""Plants one small bug after another in a copy of the source; each must make a test fail.
+
+    python tools/mutants.py [--only NAME] [--write]
+
+A suite that never fails proves nothing. `--write` puts the result into docs/mutants.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "mutants.md"
+TESTS = (
+    "tests/unit/test_pool_exact.py",
+    "tests/unit/test_manager_exact.py",
+    "tests/unit/test_manager_explain.py",
+    "tests/unit/test_tokens_laws.py",
+    "tests/contract/test_policies.py",
+    "tests/property",
+    "tests/sim/test_simworld.py",
+)
+"""The quick part of the suite, quickest first; the first failure ends a run."""
+LIMIT_S = 300
+WORKERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One bug: `old` occurs once in `file` and becomes `new`."""
+
+    name: str
+    """Short name."""
+    file: str
+    """File below src/kvstrata."""
+    old: str
+    """Text to replace."""
+    new: str
+    """What it becomes."""
+
+
+MUTANTS = (
+    Mutant("skip a pin", "pool/pool.py", "            pins[slot] += 1\n        self._policy", "            pass\n        self._policy"),
+    Mutant("let the policy keep what is pinned", "pool/pool.py", "        self._policy.reclaim(idle)\n", ""),
+    Mutant("evict an ancestor first", "pool/pool.py", "            if children[slot]:\n                parents[slot] = None\n                continue\n", ""),
+    Mutant("take any run for the end of a chain", "pool/pool.py", "            and self._children[lowest : last + 1] == [1] * (count - 1) + [0]\n", ""),
+    Mutant("match goes on after a miss", "pool/pool.py", "                return found + slots[: slots.index(None)]", "                return found + [s for s in slots if s is not None]"),
+    Mutant("match trusts the last of a piece", "pool/pool.py", "                and names[first : last + 1] == piece\n", ""),
+    Mutant("a duplicate keeps its slot", "pool/pool.py", "                state[slot] = _FREE\n                self._free.append(slot)\n", "                state[slot] = _FREE\n"),
+    Mutant("a slot keeps its generation", "pool/pool.py", "            generations[slot] += 1", "            generations[slot] += 0"),
+    Mutant("free what a reader still reads", "pool/pool.py", "            elif not pins[slot]:\n                self._free_now([slot])", "            else:\n                self._free_now([slot])"),
+    Mutant("register before the seal is compared", "manager/onboard.py", "            whole = arrived and done.checksums[index] == state.disk_seals[source]", "            whole = arrived"),
+    Mutant("forget that a read was cleared", "manager/onboard.py", "            if not whole or read.stale or", "            if not whole or"),
+    Mutant("reuse the slots of a late read", "manager/onboard.py", "        read.given_up = True\n", ""),
+    Mutant("register a seal that was cleared", "manager/storing.py", "        if seal.stale:", "        if False:"),
+    Mutant("accept somebody else's slots", "manager/storing.py", "            if fill is None or fill.holder != holder:", "            if fill is None:"),
+    Mutant("free slots that a living process fills", "manager/storing.py", "        self._state.host.quarantine_filling(slots)\n        if slots:", "        self._state.host.abort(slots)\n        if slots:"),
+    Mutant("forget a completion", "manager/storing.py", "        self._sealing.difference_update(job.keys)\n        self._coming.difference_update(job.keys)\n        good", "        good"),
+    Mutant("keep a write that was cleared", "manager/offload.py", "        if write.stale:", "        if False:"),
+    Mutant("a write never lets its blocks go", "manager/offload.py", "        write.host_pin.release()\n", ""),
+    Mutant("forget the floor", "manager/manager.py", "max(floor, newest_first[0].written if newest_first else 0)", "newest_first[0].written if newest_first else 0"),
+    Mutant("a hold never expires", "manager/manager.py", "if not hold.acquired and now >= hold.expires", "if not hold.acquired and now < 0"),
+    Mutant("ignore the salt", "tokens/namespace.py", '_encode([("salt", salt)])', '_encode([("salt", "")])'),
+    Mutant("ARC forgets its ghosts", "policy/arc.py", "            if key in once_ghosts or key in often_ghosts or key in returning:", "            if key in returning:"),
+    Mutant("LRU-2 counts one use as two", "policy/lru2.py", "            earlier = last[slot] or recall(slot)", "            earlier = last[slot] or recall(slot) or uses"),
+    Mutant("2Q keeps what only queued", "policy/twoq.py", "            elif place == _QUEUED:\n                self._queued_idle += 1\n", "            elif place == _QUEUED:\n                self._queued_idle += 1\n                queue.move_to_end(slot)\n"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one mutant."""
+
+    mutant: Mutant
+    """Which."""
+    caught_by: str
+    """The first test that failed; empty if it survived."""
+    seconds: float
+    """How long that took."""
+
+
+def plant(mutant: Mutant, source: Path) -> None:
+    """Plant `mutant` in the package at `source`; ValueError if its text is not there once."""
+    path = source / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        raise ValueError(
+            f"{mutant.name}: its text occurs {text.count(mutant.old)} times in {mutant.file}; "
+            "bring tools/mutants.py up to date"
+        )
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def run(mutant: Mutant | None) -> tuple[str, float]:
+    """Return (first failing test, seconds) of the suite with `mutant` planted."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("src", "tests", "tools"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if mutant:
+            plant(mutant, copy / "src/kvstrata")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
+        environment = os.environ | {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(
+                command, cwd=copy, env=environment, capture_output=True, text=True,
+                timeout=LIMIT_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"no end within {LIMIT_S} s", time.monotonic() - began
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode and not failed:
+        raise RuntimeError(f"pytest broke: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return failed[1] if failed else "", time.monotonic() - began
+
+
+def main(given: Sequence[str]) -> int:
+    """Run all; 1 if one survives."""
+    parser = argparse.ArgumentParser(description="Plant bugs; each must be caught.")
+    parser.add_argument("--only", help="name of one mutant")
+    parser.add_argument("--write", action="store_true", help="write docs/mutants.md")
+    arguments = parser.parse_args(given)
+    chosen = [each for each in MUTANTS if arguments.only in {None, each.name}]
+    if not chosen:
+        print(f"no mutant is named {arguments.only!r}", file=sys.stderr)
+        return 2
+    failed, seconds = run(None)
+    if failed:
+        print(f"the source as it is fails {failed}", file=sys.stderr)
+        return 2
+    print(f"{'(nothing planted)':<42} passes in {seconds:.0f} s", flush=True)
+    outcomes = []
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for mutant, (test, took) in zip(chosen, pool.map(run, chosen), strict=True):
+            outcomes.append(Outcome(mutant, test, took))
+            print(f"{mutant.name:<42} {test or 'SURVIVED'} ({took:.0f} s)", flush=True)
+    survived = [each for each in outcomes if not each.caught_by]
+    print(f"{len(outcomes) - len(survived)} of {len(outcomes)} mutants caught")
+    if arguments.write:
+        PAGE.write_text(page(outcomes))
+    return int(bool(survived))
+
+
+def page(outcomes: Sequence[Outcome]) -> str:
+    """Return the result as a page."""
+    rows = [
+        f"| {each.mutant.name} | `{each.mutant.file}` | `{each.caught_by or 'SURVIVED'}` |"
+        for each in outcomes
+    ]
+    head = [
+        "# Planted bugs",
+        "",
+        "Written by `tools/mutants.py --write`, which `make mutants` runs without writing. Each line is a",
+        "small bug that was planted in a copy of the source, alone, and the first test that failed for it.",
+        "",
+        "| bug | file | caught by |",
+        "|---|---|---|",
+    ]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
