@@ -102,9 +102,8 @@ def test_a_block_without_a_slot_is_told() -> None:
     assert node.why(4) == "being stored"
 
 
-def test_the_memory_is_bounded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explain, "DEPARTURES_MAX", 100)
-    departures = Departures()
+def test_the_memory_is_bounded_and_says_so() -> None:
+    departures = Departures(100)
     assert departures.why(key(0), 0.0) == "never stored"
     for number in range(1000):
         departures.note([key(number)], Departure("evicted", Tier.HOST, 0.0, "lru"))

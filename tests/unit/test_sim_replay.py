@@ -236,3 +236,15 @@ def test_a_wrong_command_says_what_to_do(arguments, words) -> None:
     assert words in result.stderr
     assert "hint:" in result.stderr
     assert result.stdout == ""
+
+
+def test_a_trace_too_large_to_keep_is_streamed_and_gives_the_same(monkeypatch) -> None:
+    kept = Load(open_trace(SAMPLE))
+    monkeypatch.setattr("kvstrata.sim.sweep._KEPT_BYTES_MAX", 100)
+    streamed = Load(open_trace(SAMPLE))
+    told: list[int] = []
+    for policy in ("lru", "auto"):
+        report = streamed.replay(policy, (50, 200), EXAMPLE, told.append)
+        assert report == kept.replay(policy, (50, 200), EXAMPLE)
+    with pytest.raises(ConfigError, match="belady needs the whole trace in memory"):
+        streamed.replay(BELADY, (50, 0), EXAMPLE)

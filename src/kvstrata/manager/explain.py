@@ -18,7 +18,7 @@ from kvstrata.policy.shadow import Shadow, sample_mask
 __all__ = ["Departure", "Departures", "Gauges"]
 
 DEPARTURES_MAX: Final = 1 << 17
-"""Blocks whose departure is remembered for certain; up to twice as many are."""
+"""Most blocks whose departure is remembered for certain; up to twice as many are."""
 _GAUGE_SLOTS_MIN: Final = 128
 
 
@@ -44,7 +44,9 @@ class Departure:
 class Departures:
     """The last departure of each block, as far back as there is room."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = DEPARTURES_MAX) -> None:
+        """Remember `limit` blocks for certain."""
+        self._limit = limit
         self._young: dict[SequenceHash, Departure] = {}
         self._old: dict[SequenceHash, Departure] = {}
         self._forgot = False
@@ -52,7 +54,7 @@ class Departures:
     def note(self, keys: Iterable[SequenceHash], departure: Departure) -> None:
         """Remember how `keys` left."""
         self._young.update(dict.fromkeys(keys, departure))
-        if len(self._young) > DEPARTURES_MAX:
+        if len(self._young) > self._limit:
             self._forgot = self._forgot or bool(self._old)
             self._old, self._young = self._young, {}
 

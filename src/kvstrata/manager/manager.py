@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId, TransferId
 from kvstrata.core.tier import Tier
-from kvstrata.manager.explain import Gauges
+from kvstrata.manager.explain import DEPARTURES_MAX, Departures, Gauges
 from kvstrata.manager.offload import Offloading
 from kvstrata.manager.onboard import Onboarding
 from kvstrata.manager.state import BrainState, Counters
@@ -90,7 +90,9 @@ class Manager:
 
         `policy` names what the pools evict by; with it, gauges tell what others would have hit.
         """
+        slots = host.slots_total + (disk.slots_total if disk else 0)
         self._state = BrainState(
+            departures=Departures(min(max(slots, 1024), DEPARTURES_MAX)),
             host=host,
             disk=disk,
             limits=limits,

@@ -28,7 +28,7 @@ __all__ = [
 
 CAPACITIES: Final = "1%,3%,5%,10%,20%"
 """Sizes of the host tier where none is given."""
-_KEPT_BYTES_MAX: Final = 256 << 20  # a trace file up to this size is read once and kept
+_KEPT_BYTES_MAX: Final = 64 << 20  # a trace file up to this size is read once and kept
 _PERCENT: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
