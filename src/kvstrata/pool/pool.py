@@ -257,6 +257,9 @@ class Pool:
         Returns the slots that were registered: where the key already has a slot, the second copy
         is dropped and its slot is free again.
         """
+        if self._enter_chain(slots, hashes, parents):
+            self._policy.admit(reversed(slots))
+            return list(slots)
         registered = []
         slot_of, state, hash_of, parent_of = self._slot_of, self._state, self._hash, self._parent
         children, orphans = self._children, self._orphans
@@ -286,6 +289,35 @@ class Pool:
             registered.append(slot)
         self._policy.admit(reversed(registered))
         return registered
+
+    def _enter_chain(
+        self,
+        slots: Sequence[SlotId],
+        hashes: Sequence[SequenceHash],
+        parents: Sequence[SequenceHash | None],
+    ) -> bool:
+        """Enter a chain of new blocks that lies in rising slots, all at once; or change nothing."""
+        count, slot_of = len(slots), self._slot_of
+        if (
+            count <= 1
+            or self._orphans
+            or list(slots) != list(range(slots[0], slots[0] + count))
+            or list(parents[1:]) != list(hashes[:-1])
+        ):
+            return False
+        held = list(map(slot_of.setdefault, hashes, slots))
+        if held != list(slots):  # some are here already
+            for key, slot, holder in zip(hashes, slots, held, strict=True):
+                if holder == slot:
+                    del slot_of[key]
+            return False
+        self._move(slots, _STAGED, _REGISTERED)
+        piece = slice(slots[0], slots[0] + count)
+        self._hash[piece], self._parent[piece] = hashes, parents
+        self._children[piece] = [1] * (count - 1) + [0]
+        if parents[0] is not None:
+            self._add_child(parents[0])
+        return True
 
     # -- giving up -----------------------------------------------------------------------------
 
