@@ -26,6 +26,7 @@ TESTS = (
     "tests/unit/test_pool_exact.py",
     "tests/unit/test_manager_exact.py",
     "tests/unit/test_manager_explain.py",
+    "tests/unit/test_retention.py",
     "tests/unit/test_tokens_laws.py",
     "tests/contract/test_policies.py",
     "tests/property",
@@ -51,6 +52,12 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant("evict high priorities first", "policy/ranked.py", "dict(sorted({**self._orders, priority: order}.items()))", "dict(sorted({**self._orders, priority: order}.items(), reverse=True))"),
+    Mutant("inherit the priority of the slot", "manager/retaining.py", "            pool.rank([slot], term.priority)\n            ranked", "            if key in self._terms: pool.rank([slot], term.priority)\n            ranked"),
+    Mutant("serve past the end of a life", "manager/manager.py", "        self._state.now = now\n        self._retaining.expire(now)\n", "        self._state.now = now\n"),
+    Mutant("write a block with a life to disk", "manager/retaining.py", "            away = pool is self._state.disk and term.expires < inf\n", "            away = False\n"),
+    Mutant("a floor for single blocks only", "manager/retaining.py", "            stopped = stopped or priority < floor", "            stopped = priority < floor"),
+    Mutant("children do not raise their ancestors", "manager/retaining.py", "            self._raise_above(pool, pool.parent_of(slot), term)\n", "            pass\n"),
     Mutant("skip a pin", "pool/pool.py", "            pins[slot] += 1\n        self._policy", "            pass\n        self._policy"),
     Mutant("let the policy keep what is pinned", "pool/pool.py", "        self._policy.reclaim(idle)\n", ""),
     Mutant("evict an ancestor first", "pool/pool.py", "            if children[slot]:\n                parents[slot] = None\n                continue\n", ""),

@@ -61,6 +61,7 @@ def assert_told(done, status: int, *words: str) -> None:
         (["--tiers", "host:1MiB", "--address", "ipc:///" + "x" * 107], "address: "),
         (["--tiers", "host:1MiB", "--address", "ipc:///proc/no/n.sock"], "address: cannot listen"),
         (["--tiers", "host:1MiB", "--staging-timeout-s", "0"], "staging_timeout_s: "),
+        (["--tiers", "host:1MiB", "--offload-priority-min", "101"], "offload_priority_min: "),
         (["--tiers", "host:1MiB", "--secret-file", "/proc/no"], "secret_file: "),
     ],
 )

@@ -67,10 +67,12 @@ def test_importing_is_cheap_and_brings_nothing_heavy() -> None:
 
 
 def test_public_surface() -> None:
-    assert kvstrata.__all__ == ["Client", "__version__"]
+    assert kvstrata.__all__ == ["Client", "Retention", "__version__"]
+    from kvstrata.core.retention import Retention
     from kvstrata.runtime.client import Client
 
     assert kvstrata.Client is Client
+    assert kvstrata.Retention is Retention
     with pytest.raises(AttributeError, match="has no attribute 'Server'"):
         _ = kvstrata.Server
 

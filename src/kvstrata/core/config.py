@@ -56,6 +56,8 @@ class Limits:
     """Blocks being written to disk at once; the rest wait in the backlog."""
     offload_backlog_blocks_max: int = 65_536
     """Blocks waiting to be written to disk; what comes on top is counted and not written."""
+    offload_priority_min: int = 0
+    """Blocks of a lower priority than this, and those behind them, are not written to disk."""
     transfer_threads: int = 2
     """Threads that move bytes to and from disk."""
     checksum_threads: int = 1

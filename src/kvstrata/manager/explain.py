@@ -27,7 +27,8 @@ class Departure:
     """How a block left the tiers, or failed to be there."""
 
     what: str
-    """`evicted`, `cleared`, `corrupt`, `read failed`, `seal failed`, `not stored, no slot free`."""
+    """`evicted`, `cleared`, `corrupt`, `read failed`, `seal failed`, `not stored, no slot free`,
+    `time to live ended`."""
     tier: Tier
     """Where."""
     at: float

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId, TransferId
+from kvstrata.core.retention import BlockHint
 from kvstrata.core.tier import Tier
 from kvstrata.manager.explain import DEPARTURES_MAX, Departures, Gauges
 from kvstrata.manager.offload import Offloading
 from kvstrata.manager.onboard import Onboarding
+from kvstrata.manager.retaining import Retaining
 from kvstrata.manager.state import BrainState, Counters
 from kvstrata.manager.storing import Storing
 from kvstrata.pool import Pin, Pool
@@ -101,7 +103,8 @@ class Manager:
             disk_seals=[b""] * (disk.slots_total if disk else 0),
         )
         self._onboarding = Onboarding(self._state)
-        self._offloading = Offloading(self._state)
+        self._retaining = Retaining(self._state, self._onboarding.erase)
+        self._offloading = Offloading(self._state, self._retaining)
         self._storing = Storing(self._state)
         self._holds: dict[Holder, _Hold] = {}
         self._gauges = Gauges(host.slots_total, policy) if policy else None
@@ -130,7 +133,7 @@ class Manager:
     def lookup(self, holder: Holder, hashes: Sequence[SequenceHash], now: float) -> LookupAnswer:
         """Return how much of the prefix is ready; start to stage what lies on disk behind it."""
         state, limits = self._state, self._state.limits
-        state.now = now
+        self._pass_time(now)
         hold = self._holds.get(holder)
         if hold is None:
             hold = self._holds[holder] = _Hold(expires=0.0)
@@ -163,6 +166,7 @@ class Manager:
     def acquire(self, holder: Holder, hashes: Sequence[SequenceHash], now: float) -> AcquireAnswer:
         """Hold the longest ready prefix of `hashes` for reading until `release`."""
         host = self._state.host
+        self._pass_time(now)
         hold = self._holds.setdefault(holder, _Hold(expires=now))
         hold.acquired = True
         slots = host.match(hashes)
@@ -185,13 +189,25 @@ class Manager:
     # -- storing -------------------------------------------------------------------------------
 
     def reserve(
-        self, holder: Holder, parent: SequenceHash | None, hashes: Sequence[SequenceHash]
+        self,
+        holder: Holder,
+        parent: SequenceHash | None,
+        hashes: Sequence[SequenceHash],
+        hints: Sequence[BlockHint] = (),
+        now: float = 0.0,
     ) -> ReserveAnswer:
         """Give out slots for the blocks of a chain that the host does not hold.
 
-        `parent` is the key before `hashes[0]`, None at the root.
+        `parent` is the key before `hashes[0]`, None at the root. `hints` say how long blocks of
+        the chain are to be kept, those that the tiers hold already too. Raises ValueError, and
+        changes nothing, for a hint that reaches beyond the chain.
         """
-        return ReserveAnswer(*self._storing.reserve(holder, parent, hashes))
+        if any(hint.first + hint.count > len(hashes) for hint in hints):
+            raise ValueError(f"hints: one reaches beyond the {len(hashes)} blocks offered")
+        self._pass_time(max(now, self._state.now))
+        indices, slots, throttled = self._storing.reserve(holder, parent, hashes)
+        self._retaining.agree(parent, hashes, [hashes[index] for index in indices], hints)
+        return ReserveAnswer(indices, slots, throttled)
 
     def seal(self, holder: Holder, slots: Sequence[SlotId]) -> None:
         """Take filled slots; they become findable once their seal is computed.
@@ -250,7 +266,7 @@ class Manager:
         for holder in expired:
             self._state.counters.expired_holds += 1
             self.release(holder)
-        self._state.now = now
+        self._pass_time(now)
         self._offloading.pump()
         jobs = self._state.outbox[:]
         self._state.outbox.clear()
@@ -264,10 +280,12 @@ class Manager:
         """Take the single end of a job."""
         stored = self._storing.finish(done)
         if stored is not None:
+            self._retaining.apply(self._state.host, stored)
             self._offloading.wish(stored)
             return
         staged = self._onboarding.finish(done)
         if staged is not None:
+            self._retaining.apply(self._state.host, staged.hashes)
             self._hand_over(staged.hashes, staged.waiters)
             return
         to_erase = self._offloading.finish(done)
@@ -307,6 +325,10 @@ class Manager:
         return self._gauges.rates() if self._gauges else {}
 
     # -- private -------------------------------------------------------------------------------
+
+    def _pass_time(self, now: float) -> None:
+        self._state.now = now
+        self._retaining.expire(now)
 
     def _why(self, key: SequenceHash, *, too_late: bool, now: float) -> str:
         """Return why `key` is not ready, most telling reason first."""

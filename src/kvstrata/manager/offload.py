@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import Tier
+from kvstrata.manager.retaining import Retaining
 from kvstrata.manager.state import BrainState
 from kvstrata.pool import Pin
 from kvstrata.transfer.base import JobDone, WriteJob
@@ -29,8 +30,8 @@ class _Write:
 class Offloading:
     """Blocks on their way from host to disk."""
 
-    def __init__(self, state: BrainState) -> None:
-        self._state = state
+    def __init__(self, state: BrainState, retaining: Retaining) -> None:
+        self._state, self._retaining = state, retaining
         self._backlog: OrderedDict[SequenceHash, None] = OrderedDict()
         self._writes: dict[TransferId, _Write] = {}
         self._writing: set[SequenceHash] = set()
@@ -56,6 +57,9 @@ class Offloading:
             return
         room = self._state.limits.offload_backlog_blocks_max - len(self._backlog)
         wanted = [key for key in hashes if key not in disk and key not in self._writing]
+        asked, offloads = len(wanted), self._retaining.offloads
+        wanted = [key for key in wanted if offloads(key)]
+        self._state.counters.kept_off_disk_blocks += asked - len(wanted)
         self._backlog.update(dict.fromkeys(wanted[: max(room, 0)]))
         self._state.counters.throttled_write_blocks += max(len(wanted) - max(room, 0), 0)
 
@@ -73,10 +77,12 @@ class Offloading:
             batch: list[SequenceHash] = []
             while self._backlog and len(batch) < limits.job_blocks_max:
                 key = self._backlog.popitem(last=False)[0]
-                if key in self._state.host:
-                    batch.append(key)
-                else:
+                if key not in self._state.host:
                     self._state.counters.evicted_unwritten_blocks += 1
+                elif self._retaining.offloads(key):
+                    batch.append(key)
+                else:  # somebody said so while it waited
+                    self._state.counters.kept_off_disk_blocks += 1
             if batch:
                 self._start(batch)
 
@@ -104,9 +110,9 @@ class Offloading:
         for index in good:
             state.disk_seals[job.targets[index]] = job.checksums[index]
         disk.stage(slots)
-        disk.register(
-            slots, [job.keys[index] for index in good], [job.parents[index] for index in good]
-        )
+        keys = [job.keys[index] for index in good]
+        disk.register(slots, keys, [job.parents[index] for index in good])
+        self._retaining.apply(disk, keys)
         return []
 
     def _start(self, keys: list[SequenceHash]) -> None:

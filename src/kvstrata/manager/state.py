@@ -49,6 +49,11 @@ class Counters:
     """Blocks on disk that could not be staged because every host slot was held."""
     throttled_write_blocks: int = 0
     """Blocks not written to disk because its slots were held or the backlog was full."""
+    kept_off_disk_blocks: int = 0
+    """Blocks not written to disk because they, or blocks before them, are below the floor of
+    priority for it or have a time to live."""
+    expired_blocks: int = 0
+    """Blocks whose time to live ended while they were kept."""
     evicted_unwritten_blocks: int = 0
     """Blocks that left the host before their turn to be written to disk."""
     expired_holds: int = 0

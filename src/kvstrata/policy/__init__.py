@@ -3,12 +3,14 @@
 from kvstrata.policy.auto import AutoPolicy
 from kvstrata.policy.base import EvictionPolicy
 from kvstrata.policy.lru import LruPolicy
+from kvstrata.policy.ranked import RankedPolicy
 from kvstrata.policy.registry import make_policy, policy_names
 
 __all__ = [
     "AutoPolicy",
     "EvictionPolicy",
     "LruPolicy",
+    "RankedPolicy",
     "make_policy",
     "policy_names",
 ]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvstrata.core.ids import SequenceHash, SlotId
-from kvstrata.policy import EvictionPolicy
+from kvstrata.policy import EvictionPolicy, RankedPolicy
 from kvstrata.pool.pins import Pin
 from kvstrata.pool.states import LEGAL_MOVES, SlotState
 
@@ -92,7 +92,7 @@ class Pool:
             raise ValueError(f"a pool needs at least 1 slot, not {slots_total}")
         self.slots_total = slots_total
         self.generations: Generations = [0] * slots_total if generations is None else generations
-        self._policy = policy
+        self._policy = RankedPolicy(policy)
         self._state = bytearray(slots_total)
         self._free = [SlotId(slot) for slot in range(slots_total - 1, -1, -1)]
         self._hash: list[SequenceHash | None] = [None] * slots_total
@@ -103,7 +103,7 @@ class Pool:
         self._orphans: dict[SequenceHash, int] = {}  # the same for parents that are not resident
         self._evictions = 0
         self._duplicates = 0
-        policy.bind(slots_total, self._hash)
+        self._policy.bind(slots_total, self._hash)
 
     # -- finding -------------------------------------------------------------------------------
 
@@ -201,6 +201,25 @@ class Pool:
     def touch(self, slots: Sequence[SlotId]) -> None:
         """Make registered `slots`, root first, the most recently used."""
         self.pin(slots).release()
+
+    @property
+    def ranked(self) -> bool:
+        """Whether any block was ever given a priority."""
+        return self._policy.ranked
+
+    def priority_of(self, slot: SlotId) -> int:
+        """Return the priority last given to `slot`; a new block must be given its own."""
+        return self._policy.priority_of(slot)
+
+    def rank(self, slots: Iterable[SlotId], priority: int) -> None:
+        """Give registered `slots` a priority: lower ones are evicted before higher ones."""
+        policy, pins = self._policy, self._pins
+        changed = [slot for slot in slots if policy.priority_of(slot) != priority]
+        assert all(self._state[slot] == _REGISTERED for slot in changed), "rank of no block"
+        idle = [slot for slot in changed if not pins[slot]]
+        policy.reclaim(idle)
+        policy.rank(changed, priority)
+        policy.admit(idle)
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -450,13 +469,19 @@ class Pool:
         chosen: list[SlotId] = []
         parents: dict[SlotId, None] = {}  # victims that a resident block hangs on
         while len(chosen) < count:
-            batch = policy.victims(count - len(chosen), coming) or policy.victims(len(policy))
+            before = len(chosen)
+            # A parent that this batch bares must leave before a block of a higher priority does.
+            wanted = 1 if policy.ranked and parents else count - before
+            batch = policy.victims(wanted, coming) or policy.victims(len(policy))
             if not batch:
                 break
             taken += batch
             self._choose(batch, chosen, parents)
-        if len(chosen) < count:
-            self._choose_bared(count, chosen, parents)
+            if policy.ranked and parents:
+                above = [self._slot_of.get(self._parent[slot]) for slot in chosen[before:]]  # type: ignore[arg-type]
+                self._choose_bared(dict.fromkeys(above), count, chosen, parents)
+        if len(chosen) < count:  # nothing but parents is left
+            self._choose_bared(parents, count, chosen, parents)
         if len(chosen) < count:
             for slot in chosen:
                 parent = self._parent[slot]
@@ -512,9 +537,16 @@ class Pool:
             else:
                 self._drop_child(parent)
 
-    def _choose_bared(self, count: int, chosen: list[SlotId], parents: dict[SlotId, None]) -> None:
-        """Nothing but parents is left: choose those whose children have all been chosen."""
-        leaves = [slot for slot in parents if not self._children[slot]]
+    def _choose_bared(
+        self,
+        among: Iterable[SlotId | None],
+        count: int,
+        chosen: list[SlotId],
+        parents: dict[SlotId, None],
+    ) -> None:
+        """Choose those of `parents`, from `among` them up, whose children have all been chosen."""
+        children = self._children
+        leaves = [slot for slot in among if slot in parents and not children[slot]]
         while leaves and len(chosen) < count:
             slot = leaves.pop()
             del parents[slot]

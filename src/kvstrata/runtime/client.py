@@ -13,6 +13,7 @@ import numpy as np
 from kvstrata.core.config import BLOCK_TOKENS_DEFAULT, NodeConfig, parse_tiers
 from kvstrata.core.errors import ConfigError, DaemonGoneError
 from kvstrata.core.ids import SequenceHash
+from kvstrata.core.retention import Retention
 from kvstrata.layout import BlockLayout, Dimension
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.admin import wait_until_idle
@@ -115,12 +116,16 @@ class Client:
         self._session.release([request])
         return answer
 
-    def put(self, tokens: TokenIds, blocks: ArrayLike) -> int:
+    def put(
+        self, tokens: TokenIds, blocks: ArrayLike, *, retention: Sequence[Retention] = ()
+    ) -> int:
         """Store one array for each full block of `tokens`; return how many are new.
 
         `blocks` has shape `(full blocks, *block_shape)`; ValueError if not. Blocks that are kept
         already are left as they are; where no slot is free the rest is not stored, which a later
-        `lookup` shows. Returns once the blocks can be found.
+        `lookup` shows. Returns once the blocks can be found. `retention` says how long ranges of
+        the tokens are to be kept, also where their blocks are kept already; of two ranges that
+        name a block the later one counts.
         """
         self._attach()
         hashes = self._hashes(tokens)
@@ -132,7 +137,9 @@ class Client:
                 f"one array for each of {len(hashes)} full blocks"
             )
         request = next(self._requests)
-        reserved = self._session.reserve(request, None, hashes)
+        ranges = [each.hint(self._layout.block_tokens, len(hashes)) for each in retention]
+        hints = [hint for hint in ranges if hint is not None]
+        reserved = self._session.reserve(request, None, hashes, hints)
         for index, slot in zip(reserved.indices, reserved.slots, strict=True):
             self._slot_array(slot)[...] = arrays[index]
         self._session.seal(request, reserved.slots)

@@ -15,6 +15,7 @@ import msgspec
 
 from kvstrata.core.errors import CallRefusedError
 from kvstrata.core.ids import HASH_BYTES, SequenceHash
+from kvstrata.core.retention import BlockHint
 from kvstrata.layout import BlockLayout
 from kvstrata.storage.arena import ArenaAddress
 from kvstrata.tokens import Namespace
@@ -52,13 +53,14 @@ __all__ = [
     "split_hashes",
 ]
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 """Raised whenever a message changes; client and daemon must agree."""
 
 MessageT = TypeVar("MessageT")
 
 _Request: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 _Hashes: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=HASH_BYTES << 18)]
+_Hints: TypeAlias = Annotated[list[BlockHint], msgspec.Meta(max_length=4096)]
 _Slots: TypeAlias = list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]]
 
 
@@ -134,6 +136,8 @@ class Reserve(_Message, frozen=True):
     """Key before the first of `hashes`; empty at the root."""
     hashes: _Hashes
     """Keys of the blocks, joined."""
+    hints: _Hints = []
+    """How long blocks among them are to be kept."""
 
 
 class Seal(_Message, frozen=True):

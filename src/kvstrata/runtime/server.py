@@ -238,7 +238,9 @@ class NodeServer:
                     raise CallRefusedError(f"parent: {len(call.parent)} bytes are not one hash")
                 hashes = wire.split_hashes(call.parent + call.hashes)
                 parent = hashes.pop(0) if call.parent else None
-                slots = manager.reserve(Holder(session, call.request), parent, hashes)
+                slots = manager.reserve(
+                    Holder(session, call.request), parent, hashes, call.hints, now
+                )
                 return wire.Reserved(slots.indices, list(slots.slots), slots.throttled)
             case wire.Fence():
                 known.fence(call.processes)

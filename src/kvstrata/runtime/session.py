@@ -22,6 +22,7 @@ from typing import TypeVar
 from kvstrata.core.config import NodeConfig
 from kvstrata.core.errors import CallRefusedError, ConfigError, DaemonError, DaemonGoneError
 from kvstrata.core.ids import SequenceHash
+from kvstrata.core.retention import BlockHint
 from kvstrata.layout import BlockLayout
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.addresses import check_address, socket_path
@@ -157,10 +158,14 @@ class Session:
         self.call(wire.Release(list(requests)), wire.Done)
 
     def reserve(
-        self, request: str, parent: SequenceHash | None, hashes: Sequence[SequenceHash]
+        self,
+        request: str,
+        parent: SequenceHash | None,
+        hashes: Sequence[SequenceHash],
+        hints: Sequence[BlockHint] = (),
     ) -> wire.Reserved:
         """See `Manager.reserve`."""
-        message = wire.Reserve(request, parent or b"", wire.join_hashes(hashes))
+        message = wire.Reserve(request, parent or b"", wire.join_hashes(hashes), list(hints))
         return self.call(message, wire.Reserved)
 
     def seal(self, request: str, slots: Sequence[int]) -> None:

@@ -17,9 +17,11 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId
+from kvstrata.core.retention import BlockHint
 from kvstrata.core.tier import Tier
 from kvstrata.manager import Counters, Manager
 from kvstrata.policy import make_policy, policy_names
@@ -36,6 +38,7 @@ LIMITS = Limits(
     job_blocks_max=2,
     offload_blocks_in_flight_max=4,
     offload_backlog_blocks_max=8,
+    offload_priority_min=20,
 )
 
 
@@ -68,6 +71,7 @@ class SimWorld:
         self._requests: list[_Request] = []
         self._zombies: dict[SlotId, SessionId] = {}
         self._flights: list[Flight] = []
+        self._expires: dict[SequenceHash, float] = {}
         self._trees = _trees(self._random)
         self._start_daemon()
 
@@ -143,6 +147,7 @@ class SimWorld:
         self._flights.clear()
         self._requests.clear()
         self._zombies.clear()
+        self._expires.clear()
         self._ledger.restarted()
         self.restarts += 1
         self._start_daemon()
@@ -217,6 +222,7 @@ class SimWorld:
         answer = self._manager.acquire(request.holder, wanted, self.now)
         for key, slot, generation in zip(wanted, answer.slots, answer.generations, strict=False):
             self._ledger.read(request.holder, key, slot, generation, self._host)
+            assert self.now < self._expires.get(key, inf), f"{key!r} is served past its life"
         self.served += len(answer.slots)
         request.ready = len(answer.slots)
         request.does = "read"
@@ -230,13 +236,36 @@ class SimWorld:
         first = request.ready
         parent = request.chain[first - 1] if first else None
         offered = request.chain[first:]
-        answer = self._manager.reserve(request.holder, parent, offered)
+        hints = self._hints(len(offered))
+        on_disk = [key in self._disk for key in offered]
+        answer = self._manager.reserve(request.holder, parent, offered, hints, self.now)
+        for index in answer.indices:
+            if not on_disk[index]:
+                self._expires.pop(offered[index], None)
+        for hint in hints:
+            end = self.now + hint.ttl_s if hint.ttl_s else inf
+            self._expires |= dict.fromkeys(offered[hint.first : hint.first + hint.count], end)
         for index, slot in zip(answer.indices, answer.slots, strict=True):
             tick = self._ledger.next_tick()
             request.fills[slot] = Content(offered[index], tick)
             self._ledger.fill(slot, GARBAGE, tick)
         request.does = "fill"
         self._note(f"slots {answer.slots}")
+
+    def _hints(self, blocks: int) -> list[BlockHint]:
+        dice = self._random
+        if self.seed % 2 or not blocks or dice.random() < 0.6:  # every other world asks nothing
+            return []
+        return [
+            BlockHint(
+                first := dice.randrange(blocks),
+                dice.randint(1, blocks - first),
+                dice.choice([0, 10, 35, 60, 100]),
+                dice.choice([None, 3.0, 20.0]),
+                dice.choice([None, None, 4.0, 30.0]),
+            )
+            for _ in range(dice.randint(1, 2))
+        ]
 
     def _fill(self, request: _Request) -> None:
         count = self._random.randint(1, max(len(request.fills), 1))

@@ -276,7 +276,8 @@ def _pool(pool: Pool) -> Any:
     inside: Any = pool
     return (
         bytes(inside._state), tuple(inside._hash), tuple(inside._pins), tuple(inside._free),  # noqa: SLF001
-        tuple(inside._policy._order), tuple(inside._orphans.items()), tuple(inside._children),  # noqa: SLF001
+        tuple(inside._policy._default._order), tuple(inside._orphans.items()),  # noqa: SLF001
+        tuple(inside._children),  # noqa: SLF001
     )  # fmt: skip
 
 

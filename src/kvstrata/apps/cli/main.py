@@ -85,6 +85,9 @@ def serve(
     staging_timeout_s: Annotated[
         float | None, typer.Option(help="Longest wait of a request for blocks from disk.")
     ] = None,
+    offload_priority_min: Annotated[
+        int | None, typer.Option(help="Blocks of a lower priority are not written to disk.")
+    ] = None,
 ) -> None:
     """Run the node daemon until it is told to end; KVSTRATA_TIERS and the like set defaults."""
     from kvstrata.runtime import daemon
@@ -96,6 +99,7 @@ def serve(
         "address": address,
         "secret_file": secret_file,
         "staging_timeout_s": staging_timeout_s,
+        "offload_priority_min": offload_priority_min,
     }
     settings = ServeSettings.read(given)
     config = settings.node_config()

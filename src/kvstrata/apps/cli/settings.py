@@ -30,6 +30,8 @@ class ServeSettings(BaseSettings):
     """File with the cluster secret of 32 bytes; left out, one is kept beside the disk tier."""
     staging_timeout_s: float = Field(default=5.0, gt=0, le=3600)
     """Longest wait of a request for its blocks to come from disk, in seconds."""
+    offload_priority_min: int = Field(default=0, ge=0, le=100)
+    """Blocks of a lower priority than this, and those behind them, are not written to disk."""
     transfer_threads: int = Field(default=2, ge=1, le=64)
     """Threads that move bytes to and from disk."""
     checksum_threads: int = Field(default=1, ge=1, le=64)
@@ -76,6 +78,7 @@ class ServeSettings(BaseSettings):
             policy=self.policy,
             limits=Limits(
                 staging_timeout_s=self.staging_timeout_s,
+                offload_priority_min=self.offload_priority_min,
                 transfer_threads=self.transfer_threads,
                 checksum_threads=self.checksum_threads,
             ),

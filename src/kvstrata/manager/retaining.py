@@ -1,0 +1,200 @@
+"""Retention: what clients ask about how long their blocks should be kept, and carrying it out.
+
+Terms belong to a key, so they hold in each tier, survive a move between tiers, and are the same for
+everyone who stores the block; the last one who says something wins. A block is kept at least as
+long as those that hang on it: terms of a child raise its ancestors, or else leaf-first eviction
+would meet low parents of high children again and again.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from math import inf
+from typing import Final
+
+from kvstrata.core.ids import SequenceHash, SlotId
+from kvstrata.core.retention import PRIORITY_DEFAULT, BlockHint
+from kvstrata.core.tier import Tier
+from kvstrata.manager.state import BrainState
+from kvstrata.pool import Pool
+
+__all__ = ["Retaining"]
+
+_SLACK: Final = 1024  # terms and dates beyond what there are blocks, before the useless ones go
+
+
+@dataclass(slots=True, eq=False)
+class _Term:
+    priority: int = PRIORITY_DEFAULT
+    until: float = inf  # when the priority is the default again
+    expires: float = inf  # when the block is not found any more
+    offload: bool = True
+
+    @property
+    def due(self) -> float:
+        return min(self.until, self.expires)
+
+
+class Retaining:
+    """The terms of all blocks that somebody said something about."""
+
+    def __init__(self, state: BrainState, erase: Callable[[Sequence[SlotId]], None]) -> None:
+        """Keep none yet; `erase` takes quarantined disk slots whose index lines must be blanked."""
+        self._state, self._erase = state, erase
+        self._terms: dict[SequenceHash, _Term] = {}
+        self._dates: list[tuple[float, int, SequenceHash, _Term]] = []  # a heap
+        self._serial = count()
+
+    def __len__(self) -> int:
+        return len(self._terms)
+
+    def offloads(self, key: SequenceHash) -> bool:
+        """Return whether `key` may be written to disk."""
+        term = self._terms.get(key)
+        if term is not None:
+            return term.offload
+        return self._state.limits.offload_priority_min <= PRIORITY_DEFAULT
+
+    def agree(
+        self,
+        parent: SequenceHash | None,
+        hashes: Sequence[SequenceHash],
+        new: Iterable[SequenceHash],
+        hints: Sequence[BlockHint],
+    ) -> None:
+        """Take the terms of a chain that is offered; `new` are those of it that get a slot now.
+
+        What earlier copies of `new` were kept for does not count for these.
+        """
+        if not hints and not self._terms:
+            return
+        disk = self._state.disk or ()
+        for key in new:
+            if key not in disk:
+                self._terms.pop(key, None)
+        asked: dict[SequenceHash, BlockHint] = {}
+        for hint in hints:
+            asked.update(dict.fromkeys(hashes[hint.first : hint.first + hint.count], hint))
+        for key, hint in asked.items():
+            self._enter(key, hint)
+        self._stop_offloads(parent, hashes)
+        for pool in self._pools():
+            self.apply(pool, asked)
+        self._tidy(hashes)
+
+    def apply(self, pool: Pool, keys: Iterable[SequenceHash]) -> None:
+        """Carry out the terms of those of `keys` that are in `pool`, root first."""
+        if not self._terms and not pool.ranked:
+            return
+        names = list(keys)
+        ranked: list[tuple[SlotId, _Term]] = []
+        pairs = list(zip(names, pool.scan(names), strict=True))
+        for key, slot in reversed(pairs):  # deepest first: a chain ages from its end
+            if slot is None:
+                continue
+            term = self._terms.get(key) or _Term()
+            away = pool is self._state.disk and term.expires < inf
+            if away or term.expires <= self._state.now:
+                self._withdraw(pool, key, term)
+                continue
+            pool.rank([slot], term.priority)
+            ranked.append((slot, term))
+        for slot, term in ranked:  # now that no slot has the priority of a block before
+            self._raise_above(pool, pool.parent_of(slot), term)
+
+    def expire(self, now: float) -> None:
+        """End priorities and lives whose time has come."""
+        dates = self._dates
+        while dates and dates[0][0] <= now:
+            _, _, key, term = heapq.heappop(dates)
+            if self._terms.get(key) is not term:
+                continue
+            if term.expires <= now:
+                for pool in self._pools():
+                    self._withdraw(pool, key, term)
+                continue  # the term stays for a copy that is still on its way, until `agree`
+            if term.until <= now:
+                term.priority, term.until = PRIORITY_DEFAULT, inf
+                for pool in self._pools():
+                    self.apply(pool, [key])
+            self._note_date(key, term)
+
+    # -- private -------------------------------------------------------------------------------
+
+    def _pools(self) -> list[Pool]:
+        return [self._state.host, *([self._state.disk] if self._state.disk else [])]
+
+    def _enter(self, key: SequenceHash, hint: BlockHint) -> None:
+        now = self._state.now
+        term = _Term(hint.priority)
+        if hint.duration_s is not None:
+            term.until = now + hint.duration_s
+        if hint.ttl_s is not None:
+            term.expires = now + hint.ttl_s
+        self._terms[key] = term
+        self._note_date(key, term)
+
+    def _note_date(self, key: SequenceHash, term: _Term) -> None:
+        if term.due < inf:
+            heapq.heappush(self._dates, (term.due, next(self._serial), key, term))
+
+    def _stop_offloads(self, parent: SequenceHash | None, hashes: Sequence[SequenceHash]) -> None:
+        """Of a chain, the blocks from the first one on that is not worth it stay off the disk."""
+        floor = self._state.limits.offload_priority_min
+        stopped = parent is not None and not self.offloads(parent)
+        for key in hashes:
+            term = self._terms.get(key)
+            priority = term.priority if term else PRIORITY_DEFAULT
+            stopped = stopped or priority < floor or (term is not None and term.expires < inf)
+            if stopped and term is None and floor <= PRIORITY_DEFAULT:
+                term = self._terms[key] = _Term()
+            if term is not None:
+                term.offload = not stopped
+
+    def _raise_above(self, pool: Pool, key: SequenceHash | None, child: _Term) -> None:
+        while key is not None:
+            slot = pool.scan([key])[0]
+            if slot is None:
+                return
+            term = self._terms.get(key)
+            held = pool.priority_of(slot)
+            if held >= child.priority and (term is None or term.until >= child.until):
+                return
+            if held == PRIORITY_DEFAULT == child.priority:
+                return
+            if term is None:
+                term = self._terms[key] = _Term(until=0.0, offload=self.offloads(key))
+            term.priority = max(held, child.priority)
+            term.until = max(term.until, child.until)
+            self._note_date(key, term)
+            pool.rank([slot], term.priority)
+            key = pool.parent_of(slot)
+
+    def _withdraw(self, pool: Pool, key: SequenceHash, term: _Term) -> None:
+        if key not in pool:
+            return
+        state = self._state
+        on_disk = pool is state.disk
+        slots = pool.withdraw([key], quarantine=on_disk)
+        if on_disk:
+            self._erase(slots)
+        if term.expires <= state.now:
+            state.counters.expired_blocks += 1
+            state.left([key], "time to live ended", Tier.DISK if on_disk else Tier.HOST)
+
+    def _tidy(self, coming: Sequence[SequenceHash]) -> None:
+        """Forget the terms of blocks that are nowhere, once they are as many as there are slots."""
+        pools = self._pools()
+        if len(self._terms) > 2 * sum(pool.slots_total for pool in pools) + _SLACK:
+            known = set(coming)
+            self._terms = {
+                key: term
+                for key, term in self._terms.items()
+                if key in known or any(key in pool for pool in pools)
+            }
+        if len(self._dates) > 2 * len(self._terms) + _SLACK:
+            self._dates = [date for date in self._dates if self._terms.get(date[2]) is date[3]]
+            heapq.heapify(self._dates)
