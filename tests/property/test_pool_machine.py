@@ -343,7 +343,7 @@ class RefusalEvictsPartly(Pool):
 class PassesOverParents(Pool):
     """Refuses although parents could leave once their children have."""
 
-    def _choose_bared(self, count, chosen, parents):
+    def _choose_bared(self, among, count, chosen, parents):
         pass
 
 
