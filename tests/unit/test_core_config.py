@@ -140,4 +140,5 @@ def test_configuration_is_frozen() -> None:
 def test_every_limit_is_positive() -> None:
     found = dataclasses.asdict(Limits())
     assert found.pop("offload_priority_min") == 0
+    assert 0 < found["lease_share_max"] < 1
     assert all(value > 0 for value in found.values())

@@ -56,6 +56,10 @@ class Limits:
     """Blocks being written to disk at once; the rest wait in the backlog."""
     offload_backlog_blocks_max: int = 65_536
     """Blocks waiting to be written to disk; what comes on top is counted and not written."""
+    lease_share_max: float = 0.5
+    """Share of the host tier that leases may keep from eviction, all together."""
+    lease_s_max: float = 3600.0
+    """Longest time for which a lease can be taken or renewed."""
     offload_priority_min: int = 0
     """Blocks of a lower priority than this, and those behind them, are not written to disk."""
     transfer_threads: int = 2

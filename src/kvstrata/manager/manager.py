@@ -18,6 +18,7 @@ from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId, TransferI
 from kvstrata.core.retention import BlockHint
 from kvstrata.core.tier import Tier
 from kvstrata.manager.explain import DEPARTURES_MAX, Departures, Gauges
+from kvstrata.manager.leasing import Leasing
 from kvstrata.manager.offload import Offloading
 from kvstrata.manager.onboard import Onboarding
 from kvstrata.manager.retaining import Retaining
@@ -106,6 +107,7 @@ class Manager:
         self._retaining = Retaining(self._state, self._onboarding.erase)
         self._offloading = Offloading(self._state, self._retaining)
         self._storing = Storing(self._state)
+        self._leasing = Leasing(self._state)
         self._holds: dict[Holder, _Hold] = {}
         self._gauges = Gauges(host.slots_total, policy) if policy else None
 
@@ -186,6 +188,18 @@ class Manager:
             for pin in reversed(hold.pins):  # deepest first: a chain ages from its end
                 pin.release()
 
+    def lease(
+        self, holder: Holder, hashes: Sequence[SequenceHash], seconds: float, now: float
+    ) -> int:
+        """Keep the longest prefix that is in the host from eviction for so long, as far as allowed.
+
+        Returns its blocks. A lease takes the place of the one that `holder` had, which is how to
+        renew it, and outlives its session; 0 seconds end it. Raises ValueError, and changes
+        nothing, for a time that is out of range.
+        """
+        self._pass_time(now)
+        return self._leasing.lease(holder, hashes, seconds)
+
     # -- storing -------------------------------------------------------------------------------
 
     def reserve(
@@ -241,6 +255,7 @@ class Manager:
         if Tier.HOST in tiers:
             self._storing.discard()
             self._onboarding.discard()
+            self._leasing.discard()
             keys = state.host.resident()
             state.left(keys, "cleared", Tier.HOST)
             count += len(state.host.withdraw(keys))
@@ -320,6 +335,16 @@ class Manager:
         """Requests that hold blocks for reading."""
         return len(self._holds)
 
+    @property
+    def leases(self) -> int:
+        """Leases that have not ended."""
+        return len(self._leasing)
+
+    @property
+    def leased(self) -> int:
+        """Host blocks that leases keep."""
+        return self._leasing.blocks
+
     def gauges(self) -> dict[str, float]:
         """Return what the host tier would have hit by `policy xSIZE`; empty without gauges."""
         return self._gauges.rates() if self._gauges else {}
@@ -328,6 +353,7 @@ class Manager:
 
     def _pass_time(self, now: float) -> None:
         self._state.now = now
+        self._leasing.expire(now)
         self._retaining.expire(now)
 
     def _why(self, key: SequenceHash, *, too_late: bool, now: float) -> str:

@@ -49,6 +49,8 @@ class Counters:
     """Blocks on disk that could not be staged because every host slot was held."""
     throttled_write_blocks: int = 0
     """Blocks not written to disk because its slots were held or the backlog was full."""
+    throttled_lease_blocks: int = 0
+    """Blocks that a lease could not keep because leases have their share of the host."""
     kept_off_disk_blocks: int = 0
     """Blocks not written to disk because they, or blocks before them, are below the floor of
     priority for it or have a time to live."""

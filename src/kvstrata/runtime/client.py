@@ -171,6 +171,26 @@ class Client:
         self._session.release([request])
         return result[:whole]
 
+    def lease(self, tokens: TokenIds, seconds: float) -> int:
+        """Keep what the host has of `tokens` from eviction for a while; return how many tokens.
+
+        Blocks on disk are read into the host first. Fewer are kept where leases have their share
+        of the host tier. The same tokens again renew the lease; 0 seconds end it. A lease outlives
+        the client, not the daemon, and ends when the host tier is cleared. Raises CallRefusedError
+        for a time that is out of range.
+        """
+        self._attach()
+        hashes = self._hashes(tokens)
+        if not hashes:
+            return 0
+        request = next(self._requests)
+        ready = self._wait_ready(request, hashes) if seconds else 0
+        try:
+            kept = self._session.lease(f"lease {hashes[-1].hex()}", hashes[:ready], seconds)
+        finally:
+            self._session.release([request])
+        return kept.blocks * self._layout.block_tokens
+
     def stats(self) -> dict[str, Any]:
         """Return the daemon's counters and the state of its tiers."""
         self._attach()

@@ -35,6 +35,8 @@ __all__ = [
     "Fence",
     "Found",
     "Hello",
+    "Lease",
+    "Leased",
     "Lookup",
     "Process",
     "Refused",
@@ -118,6 +120,17 @@ class Acquire(_Message, frozen=True):
     """The caller's name of the request."""
     hashes: _Hashes
     """Keys of the blocks, root first, joined."""
+
+
+class Lease(_Message, frozen=True):
+    """Keeps the longest prefix that is in the host from eviction for a while."""
+
+    request: _Request
+    """The lease's name; another lease of this name takes its place."""
+    hashes: _Hashes
+    """Keys of the blocks, root first, joined."""
+    seconds: float
+    """For how long from now; 0 to end it."""
 
 
 class Release(_Message, frozen=True):
@@ -212,6 +225,13 @@ class Acquired(_Message, frozen=True):
     """How many were staged from disk for this request."""
 
 
+class Leased(_Message, frozen=True):
+    """Answer to `Lease`."""
+
+    blocks: int
+    """How many leading blocks it keeps."""
+
+
 class Reserved(_Message, frozen=True):
     """Answer to `Reserve`; the fields of `ReserveAnswer`."""
 
@@ -253,9 +273,22 @@ class Refused(_Message, frozen=True):
 
 
 Call: TypeAlias = (
-    Hello | Fence | Lookup | Acquire | Release | Reserve | Seal | Abort | Clear | Stats | Bye
+    Hello
+    | Fence
+    | Lookup
+    | Acquire
+    | Release
+    | Lease
+    | Reserve
+    | Seal
+    | Abort
+    | Clear
+    | Stats
+    | Bye
 )
-Answer: TypeAlias = Welcome | Found | Acquired | Reserved | Cleared | StatsAnswer | Done | Refused
+Answer: TypeAlias = (
+    Welcome | Found | Acquired | Leased | Reserved | Cleared | StatsAnswer | Done | Refused
+)
 
 
 class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -84,6 +84,7 @@ class Node:
             "block_tokens": self.layout.block_tokens,
             "pending": self.manager.pending,
             "holds": self.manager.holds,
+            "leased_blocks": self.manager.leased,
             "counters": dataclasses.asdict(self.manager.counters)
             | {"torn_index_entries": self.slab.torn_entries if self.slab else 0},
             "policy": self._policy,

@@ -242,6 +242,10 @@ class NodeServer:
                     Holder(session, call.request), parent, hashes, call.hints, now
                 )
                 return wire.Reserved(slots.indices, list(slots.slots), slots.throttled)
+            case wire.Lease():
+                lessee = Holder(session, call.request)
+                hashes = wire.split_hashes(call.hashes)
+                return wire.Leased(manager.lease(lessee, hashes, call.seconds, now))
             case wire.Fence():
                 known.fence(call.processes)
                 return wire.Done()

@@ -157,6 +157,10 @@ class Session:
         """See `Manager.release`."""
         self.call(wire.Release(list(requests)), wire.Done)
 
+    def lease(self, name: str, hashes: Sequence[SequenceHash], seconds: float) -> wire.Leased:
+        """See `Manager.lease`."""
+        return self.call(wire.Lease(name, wire.join_hashes(hashes), seconds), wire.Leased)
+
     def reserve(
         self,
         request: str,

@@ -72,6 +72,7 @@ class SimWorld:
         self._zombies: dict[SlotId, SessionId] = {}
         self._flights: list[Flight] = []
         self._expires: dict[SequenceHash, float] = {}
+        self._leases: dict[Holder, tuple[float, dict[SlotId, int]]] = {}
         self._trees = _trees(self._random)
         self._start_daemon()
 
@@ -107,7 +108,8 @@ class SimWorld:
         """Without faults every request must finish, every pin drain, every slot be had again."""
         self._luck = self._mover.luck = Luck(*[0.0] * 8)
         for _ in range(SETTLE_STEPS_MAX):
-            if not self._requests and not self._manager.pending and not self._manager.holds:
+            manager = self._manager
+            if not (self._requests or manager.pending or manager.holds or manager.leases):
                 break
             self.now += 1.0
             for request in list(self._requests):
@@ -148,6 +150,7 @@ class SimWorld:
         self._requests.clear()
         self._zombies.clear()
         self._expires.clear()
+        self._leases.clear()
         self._ledger.restarted()
         self.restarts += 1
         self._start_daemon()
@@ -179,6 +182,9 @@ class SimWorld:
         counters = self._manager.counters
         for name in counters.__slots__:
             assert getattr(counters, name) >= 0, f"{name} fell below zero"
+        for until, marks in self._leases.values():
+            for slot, mark in marks.items() if self.now < until else ():
+                assert self._host.generations[slot] == mark, f"{slot=} was given out under a lease"
         filled = sum(len(request.fills) for request in self._requests) + len(self._zombies)
         found = self._host.statistics()
         assert filled <= found.filling + found.quarantined, "a writer lost its slot"
@@ -226,6 +232,16 @@ class SimWorld:
         self.served += len(answer.slots)
         request.ready = len(answer.slots)
         request.does = "read"
+        if answer.slots and self._random.random() < 0.15:
+            self._lease(request.holder, wanted[: request.ready], answer.slots)
+
+    def _lease(self, holder: Holder, keys: list[SequenceHash], slots: list[SlotId]) -> None:
+        lessee = holder._replace(request=self._random.choice("ab"))
+        seconds = self._random.choice([0.0, 3.0, 25.0])
+        kept = self._manager.lease(lessee, keys, seconds, self.now)
+        marks = {slot: self._host.generations[slot] for slot in slots[:kept]}
+        self._leases[lessee] = self.now + seconds, marks
+        assert self._manager.leased <= HOST_SLOTS // 2, "leases have more than their share"
 
     def _end_reading(self, request: _Request) -> None:
         self._ledger.stop_reading(request.holder)
@@ -308,6 +324,8 @@ class SimWorld:
         tiers = self._random.choice([[Tier.HOST], [Tier.DISK], list(Tier), list(Tier)])
         self._note(f"clear {len(tiers)} {tiers[0].value}")
         self._manager.clear(tiers)
+        if Tier.HOST in tiers:
+            self._leases.clear()
         if Tier.DISK in tiers:
             self._ledger.floor = self._manager.written
         self._ledger.cleared(tiers)
