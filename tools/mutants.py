@@ -27,6 +27,7 @@ TESTS = (
     "tests/unit/test_manager_exact.py",
     "tests/unit/test_manager_explain.py",
     "tests/unit/test_retention.py",
+    "tests/unit/test_leases.py",
     "tests/unit/test_tokens_laws.py",
     "tests/contract/test_policies.py",
     "tests/property",
@@ -52,9 +53,11 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant("leases without a bound", "manager/leasing.py", "            if room < 0:\n                break\n", ""),
+    Mutant("a lease never ends", "manager/leasing.py", "        if not self._leases or now < self._next_end:", "        if now < float('inf'):"),
     Mutant("evict high priorities first", "policy/ranked.py", "dict(sorted({**self._orders, priority: order}.items()))", "dict(sorted({**self._orders, priority: order}.items(), reverse=True))"),
     Mutant("inherit the priority of the slot", "manager/retaining.py", "            pool.rank([slot], term.priority)\n            ranked", "            if key in self._terms: pool.rank([slot], term.priority)\n            ranked"),
-    Mutant("serve past the end of a life", "manager/manager.py", "        self._state.now = now\n        self._retaining.expire(now)\n", "        self._state.now = now\n"),
+    Mutant("serve past the end of a life", "manager/manager.py", "        self._retaining.expire(now)\n", ""),
     Mutant("write a block with a life to disk", "manager/retaining.py", "            away = pool is self._state.disk and term.expires < inf\n", "            away = False\n"),
     Mutant("a floor for single blocks only", "manager/retaining.py", "            stopped = stopped or priority < floor", "            stopped = priority < floor"),
     Mutant("children do not raise their ancestors", "manager/retaining.py", "            self._raise_above(pool, pool.parent_of(slot), term)\n", "            pass\n"),
