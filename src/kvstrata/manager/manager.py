@@ -269,6 +269,29 @@ class Manager:
             count += len(slots)
         return count
 
+    def forget(self, key: SequenceHash) -> int:
+        """Forget `key` and every block whose chain leads through it, in every tier.
+
+        Returns how many copies there were, those on their way left out. O(blocks): it looks at
+        the parent of each. Blocks whose own parents are gone may have hung on `key`: they go too,
+        and nobody can find them anyway until their parents are stored again.
+        """
+        state = self._state
+        doomed = self._below(key)
+        self._storing.discard_some(doomed)
+        self._onboarding.discard_some(doomed)
+        self._offloading.discard_some(doomed)
+        keys = [each for each in doomed if each in state.host]
+        count = len(state.host.withdraw(keys))
+        state.left(keys, "cleared", Tier.HOST)
+        if state.disk:
+            keys = [each for each in doomed if each in state.disk]
+            slots = state.disk.withdraw(keys, quarantine=True)
+            state.left(keys, "cleared", Tier.DISK)
+            self._onboarding.erase(slots)
+            count += len(slots)
+        return count
+
     # -- time ----------------------------------------------------------------------------------
 
     def step(self, now: float) -> list[Job]:
@@ -355,6 +378,22 @@ class Manager:
         self._state.now = now
         self._leasing.expire(now)
         self._retaining.expire(now)
+
+    def _below(self, key: SequenceHash) -> set[SequenceHash]:
+        parents = self._storing.parents() | self._offloading.parents() | self._state.host.parents()
+        if self._state.disk:
+            parents |= self._state.disk.parents()
+        children: dict[SequenceHash, list[SequenceHash]] = {}
+        for each, parent in parents.items():
+            if parent is not None:
+                children.setdefault(parent, []).append(each)
+        ahead = [key, *(parent for parent in children if parent not in parents)]
+        found = {key}
+        while ahead:
+            new = children.pop(ahead.pop(), [])
+            found.update(new)
+            ahead += new
+        return found
 
     def _why(self, key: SequenceHash, *, too_late: bool, now: float) -> str:
         """Return why `key` is not ready, most telling reason first."""

@@ -7,7 +7,7 @@ is simply not written. Back-pressure is therefore a shorter backlog, never a sta
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
@@ -69,6 +69,22 @@ class Offloading:
         self._writing.clear()  # a block that is stored again must be written again
         for write in self._writes.values():
             write.stale = True
+
+    def parents(self) -> dict[SequenceHash, SequenceHash | None]:
+        """Return the parent key of every key that is being written; the host may have lost some."""
+        found: dict[SequenceHash, SequenceHash | None] = {}
+        for write in self._writes.values():
+            found |= zip(write.job.keys, write.job.parents, strict=True)
+        return found
+
+    def discard_some(self, keys: Collection[SequenceHash]) -> None:
+        """Forget those of `keys` that wait; jobs that write one must not be found afterwards."""
+        for key in keys:
+            self._backlog.pop(key, None)
+        for write in self._writes.values():
+            if not write.stale and not set(write.job.keys).isdisjoint(keys):
+                write.stale = True
+                self._writing.difference_update(write.job.keys)
 
     def pump(self) -> None:
         """Start as many writes as the limits allow."""

@@ -6,7 +6,7 @@ up: its host slots are quarantined until the backend says that it will write no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from kvstrata.core.ids import Holder, SequenceHash, SlotId, TransferId
@@ -116,6 +116,12 @@ class Onboarding:
         """What is being read must not be registered when it arrives."""
         for read in self._reads.values():
             read.stale = True
+
+    def discard_some(self, keys: Collection[SequenceHash]) -> None:
+        """Of what is being read, jobs that have one of `keys` must not be registered."""
+        for read in self._reads.values():
+            if not set(read.job.keys).isdisjoint(keys):
+                read.stale = True
 
     def finish(self, done: JobDone) -> Staged | None:
         """Take the end of a job; None if it was not one of ours."""

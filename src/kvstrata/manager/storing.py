@@ -6,7 +6,7 @@ process reports or dies, the slot is not given to anyone else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId, TransferId
@@ -147,6 +147,29 @@ class Storing:
         self._sealing.clear()
         for seal in self._seals.values():
             seal.stale = True
+
+    def parents(self) -> dict[SequenceHash, SequenceHash | None]:
+        """Return the parent key of every key that is being filled or sealed."""
+        found = {fill.key: fill.parent for fill in self._fills.values()}
+        for seal in self._seals.values():
+            found |= zip(seal.job.keys, seal.parents, strict=True)
+        return found
+
+    def discard_some(self, keys: Collection[SequenceHash]) -> None:
+        """Of what is being filled or sealed, `keys` must not be registered.
+
+        Blocks that are sealed in one job with such a one are not either.
+        """
+        doomed = {slot: fill.key for slot, fill in self._fills.items() if fill.key in keys}
+        self._coming.difference_update(
+            key for slot, key in doomed.items() if slot not in self._stale
+        )
+        self._stale.update(doomed)
+        for seal in self._seals.values():
+            if not seal.stale and not set(seal.job.keys).isdisjoint(keys):
+                seal.stale = True
+                self._coming.difference_update(seal.job.keys)
+                self._sealing.difference_update(seal.job.keys)
 
     def finish(self, done: JobDone) -> list[SequenceHash] | None:
         """Take the end of a job; None if not ours, else the keys now registered."""

@@ -147,6 +147,11 @@ class Pool:
         """Return every findable key; for tools and tests, it is as long as the pool."""
         return list(self._slot_of)
 
+    def parents(self) -> dict[SequenceHash, SequenceHash | None]:
+        """Return the parent key of every findable key; O(blocks)."""
+        parent = self._parent
+        return {key: parent[slot] for key, slot in self._slot_of.items()}
+
     def hash_of(self, slot: SlotId) -> SequenceHash | None:
         """Return the key registered in `slot`, or None."""
         return self._hash[slot]

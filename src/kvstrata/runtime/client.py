@@ -201,6 +201,18 @@ class Client:
         self._attach()
         return self._session.call(wire.Clear(list(tiers)), wire.Cleared).blocks
 
+    def forget(self, tokens: TokenIds) -> int:
+        """Forget the last full block of `tokens` and all that was stored behind it, in every tier.
+
+        Returns how many copies there were. The blocks before it stay: other prompts begin with them
+        too. What other tenants stored stays.
+        """
+        self._attach()
+        hashes = self._hashes(tokens)
+        if not hashes:
+            return 0
+        return self._session.call(wire.Forget(hashes[-1]), wire.Cleared).blocks
+
     def wait_idle(self, timeout_s: float = 30.0) -> None:
         """Wait until what was put has been written to disk; CallTimeoutError if that is longer."""
         self._attach()

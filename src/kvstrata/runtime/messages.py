@@ -33,6 +33,7 @@ __all__ = [
     "Done",
     "Envelope",
     "Fence",
+    "Forget",
     "Found",
     "Hello",
     "Lease",
@@ -178,6 +179,13 @@ class Clear(_Message, frozen=True):
     """Names of the tiers: `host`, `disk`."""
 
 
+class Forget(_Message, frozen=True):
+    """Forgets a block and every block behind it, in every tier."""
+
+    key: Annotated[bytes, msgspec.Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
+    """Its key."""
+
+
 class Stats(_Message, frozen=True):
     """Asks for counters and the state of the tiers."""
 
@@ -283,6 +291,7 @@ Call: TypeAlias = (
     | Seal
     | Abort
     | Clear
+    | Forget
     | Stats
     | Bye
 )

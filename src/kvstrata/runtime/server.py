@@ -19,7 +19,7 @@ import zmq
 
 from kvstrata.core.config import NodeConfig
 from kvstrata.core.errors import CallRefusedError, ConfigError, KvstrataError
-from kvstrata.core.ids import HASH_BYTES, Holder, SessionId, SlotId
+from kvstrata.core.ids import HASH_BYTES, Holder, SequenceHash, SessionId, SlotId
 from kvstrata.core.tier import Tier
 from kvstrata.manager import Manager
 from kvstrata.runtime import messages as wire
@@ -242,18 +242,22 @@ class NodeServer:
                     Holder(session, call.request), parent, hashes, call.hints, now
                 )
                 return wire.Reserved(slots.indices, list(slots.slots), slots.throttled)
-            case wire.Lease():
-                lessee = Holder(session, call.request)
-                hashes = wire.split_hashes(call.hashes)
-                return wire.Leased(manager.lease(lessee, hashes, call.seconds, now))
             case wire.Fence():
                 known.fence(call.processes)
                 return wire.Done()
             case _:
-                return self._carry_out(manager, session, call)
+                return self._carry_out(manager, session, call, now)
 
-    def _carry_out(self, manager: Manager, session: SessionId, call: wire.Call) -> wire.Done:
+    def _carry_out(
+        self, manager: Manager, session: SessionId, call: wire.Call, now: float
+    ) -> wire.Answer:
         match call:
+            case wire.Lease():
+                lessee = Holder(session, call.request)
+                hashes = wire.split_hashes(call.hashes)
+                return wire.Leased(manager.lease(lessee, hashes, call.seconds, now))
+            case wire.Forget():
+                return wire.Cleared(manager.forget(SequenceHash(call.key)))
             case wire.Seal():
                 manager.seal(Holder(session, call.request), [SlotId(s) for s in call.slots])
             case wire.Abort():

@@ -101,6 +101,7 @@ class Ledger:
     _since: dict[int, int] = field(default_factory=dict)
     _cleared: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
     _cleared_all: int = 0
+    _forgotten: dict[SequenceHash, int] = field(default_factory=dict)
     _reading: dict[Holder, dict[SlotId, _Reading]] = field(default_factory=dict)
     _ended: set[TransferId] = field(default_factory=set)
 
@@ -125,6 +126,7 @@ class Ledger:
         self._reading.clear()
         self._ended.clear()
         self._since.clear()
+        self._forgotten.clear()  # their index lines may not have been blanked
         self.births.clear()
 
     def cleared(self, tiers: Iterable[Tier]) -> None:
@@ -133,6 +135,10 @@ class Ledger:
         self._cleared |= dict.fromkeys(tiers, tick)
         if set(tiers) == set(Tier):
             self._cleared_all = tick
+
+    def forgotten(self, keys: Iterable[SequenceHash]) -> None:
+        """Note that no copy of `keys` from before may be found, until a crash."""
+        self._forgotten |= dict.fromkeys(keys, self.next_tick())
 
     def fill(self, slot: SlotId, content: Content, tick: int) -> None:
         """Put bytes in a host slot, on a decision made at `tick`."""
@@ -179,6 +185,7 @@ class Ledger:
             assert content.key == key, f"{slot=} is findable as {key!r} and holds {content}"
             assert content.damage == 0, f"{slot=} is findable and damaged"
             assert content.tick > self._cleared_all, f"{slot=} crossed a clear"
+            assert content.tick > self._forgotten.get(key, 0), f"{slot=} was forgotten"
             assert self._since[slot] > self._cleared[Tier.HOST], f"{slot=} crossed a host clear"
         keys = disk.resident()
         for key, slot in zip(keys, disk.match(keys), strict=True):
@@ -186,6 +193,7 @@ class Ledger:
             assert line is not None, f"disk {slot=} is findable without a line"
             assert line.block.key == key, f"disk {slot=} has another block's line"
             assert line.tick > self._cleared[Tier.DISK], f"disk {slot=} crossed a clear"
+            assert line.tick > self._forgotten.get(key, 0), f"disk {slot=} was forgotten"
 
     def recoverable(self) -> list[StoredBlock]:
         """Return what the index says, the way a store does: newest line of a key, oldest first."""

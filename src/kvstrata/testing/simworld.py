@@ -310,6 +310,8 @@ class SimWorld:
             self._ledger.disk[slot] = content._replace(damage=content.damage + 1)
         if chance() < luck.clear:
             self._clear()
+        if chance() < luck.clear:
+            self._forget()
         if chance() < luck.close:
             self._end_session(dead=False)
         if chance() < luck.death:
@@ -329,6 +331,14 @@ class SimWorld:
         if Tier.DISK in tiers:
             self._ledger.floor = self._manager.written
         self._ledger.cleared(tiers)
+
+    def _forget(self) -> None:
+        tree = self._random.choice(self._trees)
+        place = self._random.randrange(len(tree))
+        self._note(f"forget {tree[place]!r}")
+        self._manager.forget(tree[place])
+        behind = {key for each in self._trees if tree[place] in each for key in each}
+        self._ledger.forgotten(behind - set(tree[:place]))
 
     def _end_session(self, *, dead: bool) -> None:
         session = self._random.choice(self._sessions)
