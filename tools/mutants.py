@@ -28,6 +28,7 @@ TESTS = (
     "tests/unit/test_manager_explain.py",
     "tests/unit/test_retention.py",
     "tests/unit/test_leases.py",
+    "tests/unit/test_forget.py",
     "tests/unit/test_tokens_laws.py",
     "tests/contract/test_policies.py",
     "tests/property",
@@ -53,6 +54,9 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant("forget misses what is being stored", "manager/manager.py", "        self._storing.discard_some(doomed)\n", ""),
+    Mutant("forget misses what is being written", "manager/manager.py", "        self._offloading.discard_some(doomed)\n", ""),
+    Mutant("forget spares orphans", "manager/manager.py", "        ahead = [key, *(parent for parent in children if parent not in parents)]\n", "        ahead = [key]\n"),
     Mutant("leases without a bound", "manager/leasing.py", "            if room < 0:\n                break\n", ""),
     Mutant("a lease never ends", "manager/leasing.py", "        if not self._leases or now < self._next_end:", "        if now < float('inf'):"),
     Mutant("evict high priorities first", "policy/ranked.py", "dict(sorted({**self._orders, priority: order}.items()))", "dict(sorted({**self._orders, priority: order}.items(), reverse=True))"),

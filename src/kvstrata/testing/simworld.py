@@ -37,7 +37,7 @@ LIMITS = Limits(
     hold_timeout_s=30.0,
     job_blocks_max=2,
     offload_blocks_in_flight_max=4,
-    offload_backlog_blocks_max=8,
+    offload_backlog_blocks_max=5,
     offload_priority_min=20,
 )
 
