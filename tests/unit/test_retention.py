@@ -294,6 +294,8 @@ def test_a_client_asks_and_the_daemon_keeps_to_it() -> None:
         client.put(tokens, arrays, retention=[Retention(start=4, priority=90, duration_s=5.0)])
         assert client.lookup(tokens) == 12
         client.put(tokens, arrays, retention=[Retention(start=8, ttl_s=1e-6)])
+        with pytest.raises(ValueError, match="1025 ranges, at most 1024"):
+            client.put(tokens, arrays, retention=[Retention(priority=1)] * 1025)
         assert client.lookup(tokens) == 8
         assert client.why(tokens).startswith("time to live ended in host")
         assert client.stats()["node"]["counters"]["expired_blocks"] == 1

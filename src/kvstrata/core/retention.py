@@ -12,12 +12,14 @@ from typing import Final
 
 from kvstrata.core.errors import ConfigError
 
-__all__ = ["PRIORITY_DEFAULT", "PRIORITY_MAX", "BlockHint", "Retention"]
+__all__ = ["HINTS_MAX", "PRIORITY_DEFAULT", "PRIORITY_MAX", "BlockHint", "Retention"]
 
 PRIORITY_DEFAULT: Final = 35
 """Priority of a block that nobody said anything about."""
 PRIORITY_MAX: Final = 100
 """Priority of the blocks that leave last."""
+HINTS_MAX: Final = 1024
+"""Most ranges that one call may name."""
 _SECONDS_MAX: Final = 10 * 365 * 86400.0
 
 

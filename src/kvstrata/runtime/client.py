@@ -13,7 +13,7 @@ import numpy as np
 from kvstrata.core.config import BLOCK_TOKENS_DEFAULT, NodeConfig, parse_tiers
 from kvstrata.core.errors import ConfigError, DaemonGoneError
 from kvstrata.core.ids import SequenceHash
-from kvstrata.core.retention import Retention
+from kvstrata.core.retention import HINTS_MAX, Retention
 from kvstrata.layout import BlockLayout, Dimension
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.admin import wait_until_idle
@@ -136,6 +136,8 @@ class Client:
                 f"blocks: {arrays.dtype} {arrays.shape} is not {self._dtype} {expected}, "
                 f"one array for each of {len(hashes)} full blocks"
             )
+        if len(retention) > HINTS_MAX:
+            raise ValueError(f"retention: {len(retention)} ranges, at most {HINTS_MAX} in one call")
         request = next(self._requests)
         ranges = [each.hint(self._layout.block_tokens, len(hashes)) for each in retention]
         hints = [hint for hint in ranges if hint is not None]

@@ -15,7 +15,7 @@ import msgspec
 
 from kvstrata.core.errors import CallRefusedError
 from kvstrata.core.ids import HASH_BYTES, SequenceHash
-from kvstrata.core.retention import BlockHint
+from kvstrata.core.retention import HINTS_MAX, BlockHint
 from kvstrata.layout import BlockLayout
 from kvstrata.storage.arena import ArenaAddress
 from kvstrata.tokens import Namespace
@@ -63,7 +63,7 @@ MessageT = TypeVar("MessageT")
 
 _Request: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 _Hashes: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=HASH_BYTES << 18)]
-_Hints: TypeAlias = Annotated[list[BlockHint], msgspec.Meta(max_length=4096)]
+_Hints: TypeAlias = Annotated[list[BlockHint], msgspec.Meta(max_length=HINTS_MAX)]
 _Slots: TypeAlias = list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvstrata.connectors.vllm.hints import RequestHints, hints_for, read_hints
 from kvstrata.connectors.vllm.metadata import LoadJob, PageCopy, SaveJob, StepPlan, StepReport
 from kvstrata.core.errors import CallRefusedError, DaemonError
 from kvstrata.core.ids import SequenceHash
@@ -40,6 +41,7 @@ class _Tracked:
     name: str  # ours: vLLM's id may come from a client and have any length
     lineage: PromptLineage
     usable: bool  # False: neither loaded nor saved
+    hints: RequestHints
     hashes: list[SequenceHash] = field(default_factory=list)
     epoch: int = 0  # of `hashes`, `saved_blocks` and `holding`
     saved_blocks: int = 0
@@ -146,7 +148,7 @@ class SchedulerHalf:
                 tracked = self._requests.get(request_id)
                 if self.session.welcome is None:
                     break  # the call for an earlier request has lost it
-                if tracked and tracked.usable:
+                if tracked and tracked.usable and tracked.hints.store:
                     self._plan_save(plan, tracked, tokens, output)
         # Last, since a call above may have lost the session.
         if self.session.welcome:
@@ -232,7 +234,8 @@ class SchedulerHalf:
                 or request.resumable  # vLLM takes back tokens of a session that goes on
             )
             lineage = PromptLineage(self._block_tokens)
-            tracked = _Tracked(request, next(self._names), lineage, usable)
+            hints = read_hints(request.kv_transfer_params)
+            tracked = _Tracked(request, next(self._names), lineage, usable, hints)
             self._requests[request.request_id] = tracked
         return tracked
 
@@ -293,7 +296,8 @@ class SchedulerHalf:
         first = tracked.saved_blocks
         parent = hashes[first - 1] if first else None
         try:
-            reserved = self.session.reserve(tracked.name, parent, hashes[first:last])
+            hints = hints_for(tracked.hints.retention, self._block_tokens, first, last)
+            reserved = self.session.reserve(tracked.name, parent, hashes[first:last], hints)
         except DaemonError as error:
             self._note(error)
             return

@@ -1,0 +1,56 @@
+"""What a request says about its own blocks, in its `kv_transfer_params`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Any
+
+import msgspec
+
+from kvstrata.core.errors import ConfigError
+from kvstrata.core.retention import HINTS_MAX, BlockHint, Retention
+
+__all__ = ["RequestHints", "hints_for", "read_hints"]
+
+log = logging.getLogger("kvstrata.vllm")
+
+
+class RequestHints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The value of `kvstrata` in a request's `kv_transfer_params`."""
+
+    retention: Annotated[list[Retention], msgspec.Meta(max_length=HINTS_MAX)] = []
+    """How long ranges of its tokens are to be kept, those that it generates included."""
+    store: bool = True
+    """False: what this request computes is not kept."""
+    tokens_from: Any = None
+    """Ours, from an answer that a client handed on; not read."""
+
+
+def read_hints(params: Any) -> RequestHints:
+    """Return what the request asks for.
+
+    A hint that is wrong must not cost an answer: it is logged, and the request is served without.
+    """
+    asked = params.get("kvstrata") if isinstance(params, dict) else None
+    if asked is None:
+        return RequestHints()
+    try:
+        return msgspec.convert(asked, RequestHints)
+    except (msgspec.ValidationError, ConfigError) as error:
+        log.warning("kv_transfer_params.kvstrata of a request is ignored: %s", error)
+        return RequestHints()
+
+
+def hints_for(
+    retention: list[Retention], block_tokens: int, first: int, last: int
+) -> list[BlockHint]:
+    """Return the hints of `retention` for the blocks from `first` up to `last`, counted from it."""
+    found = []
+    for each in retention:
+        hint = each.hint(block_tokens, last)
+        if hint is None or hint.first + hint.count <= first:
+            continue
+        start = max(hint.first, first)
+        count = hint.first + hint.count - start
+        found.append(BlockHint(start - first, count, hint.priority, hint.duration_s, hint.ttl_s))
+    return found

@@ -1,0 +1,81 @@
+"""Requests that say how long their blocks are to be kept."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from kvstrata.core.retention import BlockHint, Retention
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture
+def hints():
+    from kvstrata.connectors.vllm import hints
+
+    return hints
+
+
+@pytest.mark.parametrize("params", [None, {}, {"other": 1}, [], {"kvstrata": None}])
+def test_a_request_that_asks_nothing(params, hints) -> None:
+    assert hints.read_hints(params) == hints.RequestHints()
+
+
+def test_what_is_asked_is_read(hints) -> None:
+    found = hints.read_hints(
+        {
+            "kvstrata": {
+                "retention": [{"end": 64, "priority": 90}],
+                "tokens_from": {},
+                "store": False,
+            }
+        }
+    )
+    assert found.retention == [Retention(end=64, priority=90)]
+    assert not found.store
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [7, {"retention": 3}, {"retention": [{"priority": "high"}]}, {"retention": [{"ttl_s": -1}]},
+     {"stor": True}, {"retention": [{}] * 1025}, {"retention": [{"start": 5, "end": 2}]}],
+)  # fmt: skip
+def test_a_wrong_hint_is_logged_and_ignored(wrong, hints, caplog) -> None:
+    assert hints.read_hints({"kvstrata": wrong}) == hints.RequestHints()
+    assert "is ignored" in caplog.text
+
+
+def test_ranges_are_counted_from_the_first_block_offered(hints) -> None:
+    ranges = [Retention(0, 128, 80), Retention(64, 256, 50), Retention(512, None, 10)]
+    assert hints.hints_for(ranges, 64, 0, 4) == [BlockHint(0, 2, 80), BlockHint(1, 3, 50)]
+    assert hints.hints_for(ranges, 64, 2, 3) == [BlockHint(0, 1, 50)]
+    assert hints.hints_for(ranges, 64, 8, 10) == [BlockHint(0, 2, 10)]
+
+
+def asking(**hints):
+    return {"extra_args": {"kv_transfer_params": {"kvstrata": hints}}}
+
+
+def test_requests_say_how_long_they_are_kept(engine_on, prompts, reference, caplog):
+    prompt, expected = prompts[2], reference[2]  # 4 full blocks
+
+    def ask(**hints):
+        """Return how many tokens came from the host for one more answer."""
+        (answer,) = engine.ask([prompt], sampling=asking(**hints))
+        engine.forget()
+        assert answer.tokens == expected
+        return answer.tokens_from["host"]
+
+    with engine_on({"tiers": "host:64MiB"}) as engine:
+        assert ask(store=False) == 0
+        assert ask(store=False) == 0  # nothing was kept
+        assert ask(retention=[{"start": 128, "ttl_s": 2.0}]) == 0
+        assert ask(store=False) == 256
+        time.sleep(2.1)
+        assert ask(store=False) == 128
+        assert engine.counters()["expired_blocks"] == 2
+        assert ask(retention=[{"priority": 101}]) == 128
+        assert "retention.priority: 101 is out of range" in caplog.text
+        assert ask() == 256  # the wrong hint cost nothing
