@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstrata.core.config import Limits
@@ -56,14 +56,17 @@ class Model:
 
     def pass_time(self, now: float) -> None:
         self.kept = {each for each in self.kept if self.terms.get(each, (0, 0, inf))[2] > now}
-        for term in self.terms.values():
+        for each, term in list(self.terms.items()):
             if term[1] <= now:
                 term[:2] = PRIORITY_DEFAULT, inf
+                if each in self.kept:
+                    raise_above(self, each)
 
     def leaves(self) -> set[int]:
         return self.kept - {PARENT[each] for each in self.kept}
 
 
+@settings(max_examples=1000)
 @given(STEPS)
 def test_the_lowest_priority_leaves_first(steps) -> None:
     pool = Pool(SLOTS, LruPolicy())
@@ -135,9 +138,8 @@ def raise_above(model: Model, child: int) -> None:
     above = PARENT[child]
     while above in model.kept:
         term = model.terms.setdefault(above, [PRIORITY_DEFAULT, inf, inf])
-        if term[0] >= priority and (term[1] >= until or term[0] == PRIORITY_DEFAULT == priority):
+        if term[0] >= priority and (term[1] >= until or priority <= PRIORITY_DEFAULT):
             return
-        if term[0] == PRIORITY_DEFAULT and term[1] == inf:
-            term[1] = until
-        term[:2] = max(term[0], priority), max(term[1], until)
+        later = max(term[1], until) if term[0] > PRIORITY_DEFAULT else until
+        term[:2] = max(term[0], priority), later
         above = PARENT[above]

@@ -68,10 +68,13 @@ class Node:
 
     def ready(self, *numbers: int) -> int:
         holder = self.holder()
-        while (answer := self.manager.lookup(holder, keys(*numbers), self.now)).pending:
+        for _ in range(20):
+            answer = self.manager.lookup(holder, keys(*numbers), self.now)
+            if not answer.pending:
+                self.manager.release(holder)
+                return answer.ready
             self.work()
-        self.manager.release(holder)
-        return answer.ready
+        raise AssertionError("pending for ever")
 
     def why(self, number: int) -> str:
         holder = self.holder()
@@ -143,6 +146,18 @@ def test_an_ancestor_is_kept_as_long_as_what_hangs_on_it() -> None:
     node.store(4)
     node.store(5)
     assert (node.ready(1, 2, 3), node.ready(4)) == (3, 0)
+
+
+def test_an_ancestor_falls_when_what_hangs_on_it_does() -> None:
+    node = Node(host=4)
+    node.store(1, 2, hints=[BlockHint(1, 1, 90, duration_s=10.0)])
+    node.now = 10.0
+    node.work()
+    assert [node.host.priority_of(slot) for slot in node.host.match(keys(1, 2))] == [35, 35]
+    node.store(1, 2, hints=[BlockHint(1, 1, 90, duration_s=10.0)])  # the terms are there already
+    node.now = 20.0
+    node.work()
+    assert [node.host.priority_of(slot) for slot in node.host.match(keys(1, 2))] == [35, 35]
 
 
 def test_a_new_block_does_not_inherit_from_the_one_before_in_its_slot() -> None:

@@ -161,14 +161,14 @@ class Retaining:
                 return
             term = self._terms.get(key)
             held = pool.priority_of(slot)
-            if held >= child.priority and (term is None or term.until >= child.until):
-                return
-            if held == PRIORITY_DEFAULT == child.priority:
+            lasts = child.priority <= PRIORITY_DEFAULT or (term and term.until >= child.until)
+            if held >= child.priority and lasts:  # what it falls to is enough for the child, too
                 return
             if term is None:
-                term = self._terms[key] = _Term(until=0.0, offload=self.offloads(key))
+                term = self._terms[key] = _Term(offload=self.offloads(key))
+            above_default = held > PRIORITY_DEFAULT
+            term.until = max(term.until, child.until) if above_default else child.until
             term.priority = max(held, child.priority)
-            term.until = max(term.until, child.until)
             self._note_date(key, term)
             pool.rank([slot], term.priority)
             key = pool.parent_of(slot)
