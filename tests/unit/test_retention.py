@@ -318,3 +318,14 @@ def test_a_client_asks_and_the_daemon_keeps_to_it() -> None:
         with pytest.raises(CallRefusedError, match="reaches beyond the 1 blocks"):
             client._session.call(message, wire.Reserved)
         assert client.lookup(tokens) == 8
+
+
+def test_a_parent_that_comes_back_is_kept_like_the_orphan_behind_it() -> None:
+    node = Node()
+    node.store(1, 2, hints=[BlockHint(0, 1, ttl_s=3.0), BlockHint(1, 1, 90)])
+    node.now += 4.0
+    node.work()
+    assert node.host.resident() == keys(2)
+    node.store(1, 2)
+    (slot,) = node.host.match(keys(1))
+    assert node.host.priority_of(slot) == 90

@@ -72,7 +72,8 @@ class Retaining:
         if not hints and not self._terms:
             return
         disk = self._state.disk or ()
-        for key in new:
+        coming = set(new)
+        for key in coming:
             if key not in disk:
                 self._terms.pop(key, None)
         asked: dict[SequenceHash, BlockHint] = {}
@@ -80,6 +81,7 @@ class Retaining:
             asked.update(dict.fromkeys(hashes[hint.first : hint.first + hint.count], hint))
         for key, hint in asked.items():
             self._enter(key, hint)
+        self._raise_coming(hashes, coming)
         self._stop_offloads(parent, hashes)
         for pool in self._pools():
             self.apply(pool, asked)
@@ -154,24 +156,37 @@ class Retaining:
             if term is not None:
                 term.offload = not stopped
 
+    def _raise_coming(self, hashes: Sequence[SequenceHash], coming: set[SequenceHash]) -> None:
+        """Raise blocks that come back to what orphans behind them, still here, are kept for."""
+        behind = False  # whether a block that is here hangs on this one
+        for parent, child in zip(hashes[-2::-1], hashes[:0:-1], strict=True):
+            behind = behind if child in coming else any(child in pool for pool in self._pools())
+            if behind and parent in coming:
+                term = self._terms.get(parent)
+                held = term.priority if term else PRIORITY_DEFAULT
+                behind = self._raise(parent, held, self._terms.get(child) or _Term())
+
     def _raise_above(self, pool: Pool, key: SequenceHash | None, child: _Term) -> None:
         while key is not None:
             slot = pool.scan([key])[0]
-            if slot is None:
+            if slot is None or not self._raise(key, pool.priority_of(slot), child):
                 return
-            term = self._terms.get(key)
-            held = pool.priority_of(slot)
-            lasts = child.priority <= PRIORITY_DEFAULT or (term and term.until >= child.until)
-            if held >= child.priority and lasts:  # what it falls to is enough for the child, too
-                return
-            if term is None:
-                term = self._terms[key] = _Term(offload=self.offloads(key))
-            above_default = held > PRIORITY_DEFAULT
-            term.until = max(term.until, child.until) if above_default else child.until
-            term.priority = max(held, child.priority)
-            self._note_date(key, term)
-            pool.rank([slot], term.priority)
+            pool.rank([slot], self._terms[key].priority)
             key = pool.parent_of(slot)
+
+    def _raise(self, key: SequenceHash, held: int, child: _Term) -> bool:
+        """Keep `key`, which has the priority `held`, like `child`; say if that changed it."""
+        term = self._terms.get(key)
+        lasts = child.priority <= PRIORITY_DEFAULT or (term and term.until >= child.until)
+        if held >= child.priority and lasts:  # what it falls to is enough for the child, too
+            return False
+        if term is None:
+            term = self._terms[key] = _Term(offload=self.offloads(key))
+        above_default = held > PRIORITY_DEFAULT
+        term.until = max(term.until, child.until) if above_default else child.until
+        term.priority = max(held, child.priority)
+        self._note_date(key, term)
+        return True
 
     def _withdraw(self, pool: Pool, key: SequenceHash, term: _Term) -> None:
         if key not in pool:
