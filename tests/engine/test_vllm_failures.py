@@ -190,7 +190,7 @@ def test_a_reset_that_the_daemon_missed_is_made_good(engine_on, prompts, referen
         assert not scheduler._clear_owed
         counters = engine.counters()
         assert counters["recovered_blocks"] == 7
-        assert counters["hit_blocks_disk"] == 0
+        assert counters["hit_blocks_staged"] == 0
         _until_kept(engine, prompts[2], reference[2])
 
 

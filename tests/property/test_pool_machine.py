@@ -321,13 +321,14 @@ class EvictsParents(Pool):
         for slot in slots:
             parent = self._parent[slot]
             if parent is not None:
-                self._drop_child(parent)
+                self._leaves.drop_child(parent)
         return self._forget(slots) if slots else None
 
 
 class RefusalLosesTheOrder(Pool):
-    def _return_victims(self, taken: list[SlotId]) -> None:
-        self._policy.admit(reversed(taken))
+    def __init__(self, slots: int, policy: LruPolicy) -> None:
+        super().__init__(slots, policy)
+        self._leaves._return_victims = lambda taken: self._policy.admit(reversed(taken))
 
 
 class RefusalEvictsPartly(Pool):
@@ -343,8 +344,9 @@ class RefusalEvictsPartly(Pool):
 class PassesOverParents(Pool):
     """Refuses although parents could leave once their children have."""
 
-    def _choose_bared(self, among, count, chosen, parents):
-        pass
+    def __init__(self, slots: int, policy: LruPolicy) -> None:
+        super().__init__(slots, policy)
+        self._leaves._choose_bared = lambda *_: None
 
 
 class SameGeneration(Pool):

@@ -70,7 +70,7 @@ class Model:
 @given(STEPS)
 def test_the_lowest_priority_leaves_first(steps) -> None:
     pool = Pool(SLOTS, LruPolicy())
-    manager = Manager(pool, None, Limits())
+    manager = Manager(pool, [], Limits())
     model, now = Model(), 0.0
     for turn, (chain, hints, pause) in enumerate(steps):
         now += pause

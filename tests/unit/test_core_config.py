@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
-from kvstrata.core.config import Limits, NodeConfig, TierConfig, parse_bytes, parse_tiers
+from kvstrata.core.config import (
+    BYPASS_BYTES,
+    Limits,
+    NodeConfig,
+    TierConfig,
+    parse_bytes,
+    parse_tiers,
+    tier_names,
+)
 from kvstrata.core.errors import ConfigError
-from kvstrata.core.tier import Tier
+from kvstrata.core.tier import Admission, TierKind
 
 GIB = 1 << 30
 
@@ -66,11 +75,14 @@ def test_sizes_refused(text) -> None:
     assert repr(text) in caught.value.message
 
 
-HOST = TierConfig(Tier.HOST, 2 * GIB)
+HOST = TierConfig(TierKind.HOST, 2 * GIB)
 
 
-def disk(directory: str) -> TierConfig:
-    return TierConfig(Tier.DISK, 20 * GIB, directory)
+BYPASSED = TierConfig(TierKind.HOST, BYPASS_BYTES, bypass=True)
+
+
+def disk(directory: str, admission: Admission = Admission.WRITE_THROUGH) -> TierConfig:
+    return TierConfig(TierKind.DISK, 20 * GIB, directory, admission)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +95,12 @@ def disk(directory: str) -> TierConfig:
         ("host:2GiB,disk:/var/k:v:20GiB", (HOST, disk("/var/k:v"))),
         ("host:2GiB,disk:~/kv:20GiB", (HOST, disk("~/kv"))),
         ("host:2GiB,disk:a folder:20GiB", (HOST, disk("a folder"))),
+        ("host:2GiB,disk:/a:20GiB,disk:/b:20GiB", (HOST, disk("/a"), disk("/b"))),
+        ("host:2GiB,disk:/a:20GiB:on-evict", (HOST, disk("/a", Admission.ON_EVICT))),
+        ("host:2GiB,disk:/a:20GiB:frequency", (HOST, disk("/a", Admission.FREQUENCY))),
+        ("host:2GiB,disk:/a:20GiB:write-through", (HOST, disk("/a"))),
+        ("host:2GiB:bypass,disk:/a:20GiB", (replace(HOST, bypass=True), disk("/a"))),
+        ("disk:/var/kv:20GiB", (BYPASSED, disk("/var/kv"))),
     ],
 )
 def test_tiers(text, expected) -> None:
@@ -94,10 +112,14 @@ def test_tiers(text, expected) -> None:
     [
         ("", "tiers: 'nothing'"),
         (" , ", "tiers: 'nothing'"),
-        ("disk:/var/kv:20GiB", "tiers: 'disk'"),
         ("disk:/var/kv:20GiB,host:2GiB", "tiers: 'disk,host'"),
+        ("host:2GiB:bypass", "tiers: a bypassed host"),
+        ("host:2GiB:bypass,disk:/a:1GiB:on-evict", "tiers: a bypassed host"),
+        ("disk:/a:1GiB:frequency", "tiers: a bypassed host"),
+        ("host:2GiB:skip", "tiers.host: '2GiB:skip'"),
+        ("host:2GiB,disk:/a:1GiB:seldom", "tiers.disk: 'seldom'"),
         ("host:2GiB,host:2GiB", "tiers: 'host,host'"),
-        ("host:2GiB,disk:/a:1GiB,disk:/b:1GiB", "tiers: 'host,disk,disk'"),
+        ("host:2GiB,disk:/a:1GiB,disk:/a:2GiB", "tiers: two tiers"),
         ("gpu:2GiB", "tiers: unknown tier 'gpu'"),
         ("host:2GiB,s3:bucket:1GiB", "tiers: unknown tier 's3'"),
         ("HOST:2GiB", "tiers: unknown tier 'HOST'"),
@@ -123,13 +145,15 @@ def test_tiers_refused(text, field) -> None:
 
 def test_a_node_knows_its_tiers() -> None:
     assert NodeConfig((HOST,)).host == HOST
-    assert NodeConfig((HOST,)).disk is None
-    assert NodeConfig((HOST, disk("/d"))).disk == disk("/d")
+    assert NodeConfig((HOST,)).lower == {}
+    config = NodeConfig((HOST, disk("/d"), disk("/e")))
+    assert config.lower == {"disk": disk("/d"), "disk2": disk("/e")}
+    assert tier_names(config.tiers) == ["host", "disk", "disk2"]
 
 
 def test_configuration_is_frozen() -> None:
     for record, field in (
-        (HOST, "tier"),
+        (HOST, "kind"),
         (NodeConfig((HOST,)), "tiers"),
         (Limits(), "transfer_threads"),
     ):
@@ -141,4 +165,5 @@ def test_every_limit_is_positive() -> None:
     found = dataclasses.asdict(Limits())
     assert found.pop("offload_priority_min") == 0
     assert 0 < found["lease_share_max"] < 1
+    assert 0 < found["demote_share"] < 1
     assert all(value > 0 for value in found.values())

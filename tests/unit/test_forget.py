@@ -8,8 +8,8 @@ import pytest
 from kvstrata import Client
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId
-from kvstrata.core.tier import Tier
-from kvstrata.manager import Manager
+from kvstrata.core.tier import DISK, HOST
+from kvstrata.manager import LowerTier, Manager
 from kvstrata.policy import LruPolicy
 from kvstrata.pool import Pool
 from kvstrata.transfer.base import EraseJob, JobDone, ReadJob, SealJob, WriteJob
@@ -26,7 +26,7 @@ def keys(*numbers: int) -> list[SequenceHash]:
 class Node:
     def __init__(self) -> None:
         self.host, self.disk = Pool(16, LruPolicy()), Pool(16, LruPolicy())
-        self.manager = Manager(self.host, self.disk, Limits(job_blocks_max=4))
+        self.manager = Manager(self.host, [LowerTier(DISK, self.disk)], Limits(job_blocks_max=4))
         self.turn = 0
 
     def holder(self) -> Holder:
@@ -106,7 +106,7 @@ def test_what_is_being_written_and_has_left_the_host() -> None:
     node = Node()
     node.store(1, 2)
     jobs = node.work(until=WriteJob)
-    node.manager.clear([Tier.HOST])
+    node.manager.clear([HOST])
     node.manager.forget(key(1))
     node.complete(jobs)
     node.work()

@@ -11,7 +11,7 @@ from kvstrata import Client
 from kvstrata.core.config import Limits
 from kvstrata.core.errors import CallRefusedError
 from kvstrata.core.ids import Holder, SequenceHash, SessionId
-from kvstrata.core.tier import Tier
+from kvstrata.core.tier import HOST
 from kvstrata.manager import Manager
 from kvstrata.policy import LruPolicy
 from kvstrata.pool import Pool
@@ -27,7 +27,7 @@ def keys(*numbers: int) -> list[SequenceHash]:
 class Node:
     def __init__(self, host: int = 8) -> None:
         self.host = Pool(host, LruPolicy())
-        self.manager = Manager(self.host, None, Limits())
+        self.manager = Manager(self.host, [], Limits())
         self.turn = 0
 
     def store(self, *numbers: int, now: float = 0.0) -> int:
@@ -109,7 +109,7 @@ def test_a_lease_outlives_its_session_and_not_a_clear() -> None:
     node.manager.lease(LESSEE, keys(1), 10.0, 0.0)
     node.manager.session_dead(LESSEE.session)
     assert node.manager.leases == 1
-    node.manager.clear([Tier.HOST])
+    node.manager.clear([HOST])
     assert node.manager.leases == 0
     assert node.host.statistics().free == 8
 

@@ -8,8 +8,8 @@ import pytest
 
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId
-from kvstrata.core.tier import Tier
-from kvstrata.manager import Manager
+from kvstrata.core.tier import DISK, HOST
+from kvstrata.manager import LowerTier, Manager
 from kvstrata.policy import LruPolicy
 from kvstrata.pool import Pool
 from kvstrata.storage.base import StoredBlock
@@ -38,7 +38,7 @@ class Node:
 
     def __init__(self, host: int = 8, disk: int = 8, limits: Limits = LIMITS) -> None:
         self.host, self.disk = Pool(host, LruPolicy()), Pool(disk, LruPolicy())
-        self.manager = Manager(self.host, self.disk, limits)
+        self.manager = Manager(self.host, [LowerTier(DISK, self.disk)], limits)
         self.counters = self.manager.counters
         self.now = 0.0
 
@@ -72,7 +72,7 @@ class Node:
     def put_on_disk(self, *numbers: int) -> None:
         self.fill(*numbers)
         self.drain()
-        self.manager.clear([Tier.HOST])
+        self.manager.clear([HOST])
 
 
 def stored(slot: int, number: int, parent: int | None, written: int) -> StoredBlock:
@@ -116,7 +116,7 @@ def test_writes_after_a_restart_are_numbered_above_everything_before() -> None:
     node.fill(5, 6)
     (write,) = [job for job in node.jobs() if isinstance(job, WriteJob)]
     assert write.written == 78
-    assert node.manager.written == 79
+    assert node.manager.written(DISK) == 79
 
 
 def test_a_recovered_block_is_served_only_if_its_bytes_are_its_own() -> None:
@@ -132,7 +132,7 @@ def test_a_recovered_block_is_served_only_if_its_bytes_are_its_own() -> None:
     assert answer.why == "corrupt in disk, 1.0 s ago"
     assert node.counters.corrupt_blocks == 1
     (erase,) = node.jobs()
-    assert erase == EraseJob(erase.transfer, (SlotId(1),))
+    assert erase == EraseJob(erase.transfer, DISK, (SlotId(1),))
 
 
 # -- staging -----------------------------------------------------------------------------------
@@ -167,8 +167,8 @@ def test_one_read_serves_everyone_who_waits() -> None:
     (read,) = node.jobs()
     node.end(read)
     for holder in (READER, other):
-        assert node.manager.acquire(holder, keys(1), 1.0).from_disk == 1
-    assert node.counters.hit_blocks_disk == 2
+        assert node.manager.acquire(holder, keys(1), 1.0).staged == {DISK: 1}
+    assert node.counters.hit_blocks_staged == 2
 
 
 def test_acquiring_twice_counts_once() -> None:
@@ -197,7 +197,7 @@ def test_a_key_stored_again_after_a_clear_is_held_in_its_new_slot() -> None:
     node = Node(host=2)
     node.fill(1)
     old = node.manager.acquire(READER, keys(1), 0.0).slots
-    node.manager.clear([Tier.HOST])
+    node.manager.clear([HOST])
     node.fill(1)
     new = node.manager.acquire(READER, keys(1), 0.0).slots
     assert new != old
@@ -244,7 +244,7 @@ def test_a_block_that_arrives_from_disk_while_it_is_stored_is_a_duplicate() -> N
 def test_sealing_what_was_cleared_meanwhile_frees_it() -> None:
     node = Node()
     answer = node.manager.reserve(WRITER, None, keys(1))
-    node.manager.clear(list(Tier))
+    node.manager.clear([HOST, DISK])
     node.manager.seal(WRITER, answer.slots)
     assert node.drain() == []
     assert node.host.statistics().free == 8
@@ -292,7 +292,7 @@ def test_what_does_not_fit_the_backlog_is_counted() -> None:
 def test_a_block_that_left_the_host_before_its_turn_is_not_written() -> None:
     node = Node()
     node.fill(1)
-    node.manager.clear([Tier.HOST])
+    node.manager.clear([HOST])
     assert node.drain() == []
     assert node.disk.resident() == []
 
@@ -311,7 +311,7 @@ def test_a_write_from_before_a_clear_is_erased_and_a_new_one_is_made() -> None:
     node = Node()
     node.fill(1)
     (old,) = node.jobs()
-    node.manager.clear(list(Tier))
+    node.manager.clear([HOST, DISK])
     node.fill(1)
     node.end(old)
     kinds = [type(job) for job in node.drain()]

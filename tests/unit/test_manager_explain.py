@@ -7,8 +7,8 @@ import pytest
 
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId
-from kvstrata.core.tier import Tier
-from kvstrata.manager import Manager, explain
+from kvstrata.core.tier import DISK, HOST
+from kvstrata.manager import LowerTier, Manager, explain
 from kvstrata.manager.explain import Departure, Departures, Gauges
 from kvstrata.policy import make_policy, policy_names
 from kvstrata.pool import Pool
@@ -25,7 +25,9 @@ class Node:
     def __init__(self, host: int = 4, disk: int = 0, policy: str = "lru") -> None:
         self.host = Pool(host, make_policy(policy))
         self.disk = Pool(disk, make_policy(policy)) if disk else None
-        self.manager = Manager(self.host, self.disk, Limits(), policy)
+        self.manager = Manager(
+            self.host, [LowerTier(DISK, self.disk)] if self.disk else [], Limits(), policy
+        )
         self.bad: set[type] = set()
         self.now, self.turn = 0.0, 0
 
@@ -72,7 +74,7 @@ def test_an_eviction_is_told_with_its_time_and_policy(policy) -> None:
 def test_each_other_reason_is_told() -> None:
     node = Node(host=2, disk=8)
     node.store(1)
-    node.manager.clear(list(Tier))
+    node.manager.clear([HOST, DISK])
     node.work()
     assert node.why(1).startswith("cleared in disk")
     node.store(2)
@@ -106,7 +108,7 @@ def test_the_memory_is_bounded_and_says_so() -> None:
     departures = Departures(100)
     assert departures.why(key(0), 0.0) == "never stored"
     for number in range(1000):
-        departures.note([key(number)], Departure("evicted", Tier.HOST, 0.0, "lru"))
+        departures.note([key(number)], Departure("evicted", HOST, 0.0, "lru"))
         assert len(departures) <= 202
     assert departures.why(key(0), 0.0) == "never stored, or left too long ago to tell"
     assert departures.why(key(999), 3.0) == "evicted in host by lru, 3.0 s ago"

@@ -13,9 +13,9 @@ import zmq
 from kvstrata.core.config import Limits, NodeConfig, TierConfig, parse_bytes, parse_tiers
 from kvstrata.core.errors import ConfigError, KvstrataError
 from kvstrata.core.ids import Holder, SequenceHash, SessionId
-from kvstrata.core.tier import Tier
+from kvstrata.core.tier import DISK, HOST, TierKind
 from kvstrata.layout import BlockLayout, Dimension
-from kvstrata.manager import Manager
+from kvstrata.manager import LowerTier, Manager
 from kvstrata.policy import LruPolicy
 from kvstrata.pool import Pool
 from kvstrata.runtime import messages as wire
@@ -28,7 +28,7 @@ from kvstrata.transfer.base import JobDone, SealJob, WriteJob
 
 LAYOUT = BlockLayout((Dimension("axis0", 8),), "float32", 4, writer="array")
 NAMESPACE = Namespace("m", "", "", "float32", LAYOUT.geometry, 4)
-BOTH = {Tier.HOST, Tier.DISK}
+BOTH = {HOST, DISK}
 
 
 def key(number: int) -> SequenceHash:
@@ -92,10 +92,10 @@ def done(job) -> JobDone:
 
 
 def test_a_block_sealed_again_after_a_clear_is_pending_until_it_is_registered():
-    manager = Manager(Pool(4, LruPolicy()), None, Limits())
+    manager = Manager(Pool(4, LruPolicy()), [], Limits())
     store(manager, "old", [key(1)])
     [old] = manager.step(0.0)
-    manager.clear({Tier.HOST})
+    manager.clear({HOST})
     store(manager, "new", [key(1)])
     [new] = manager.step(0.0)
     manager.complete(done(old))
@@ -106,7 +106,7 @@ def test_a_block_sealed_again_after_a_clear_is_pending_until_it_is_registered():
 
 def test_a_block_stored_again_after_a_clear_is_written_again():
     disk = Pool(4, LruPolicy())
-    manager = Manager(Pool(4, LruPolicy()), disk, Limits())
+    manager = Manager(Pool(4, LruPolicy()), [LowerTier(DISK, disk)], Limits())
     store(manager, "old", [key(1)])
     [seal] = manager.step(0.0)
     manager.complete(done(seal))
@@ -294,7 +294,7 @@ def test_two_layouts_never_share_a_fingerprint(one, other):
 
 
 def node(directory) -> Node:
-    tiers = (TierConfig(Tier.HOST, 1 << 20), TierConfig(Tier.DISK, 1 << 20, str(directory)))
+    tiers = (TierConfig(TierKind.HOST, 1 << 20), TierConfig(TierKind.DISK, 1 << 20, str(directory)))
     return Node(NodeConfig(tiers), LAYOUT, lambda: None)
 
 
@@ -376,7 +376,7 @@ def test_a_clear_covers_lines_of_slots_that_are_free(tmp_path):
 
 
 def test_acquiring_twice_counts_once():
-    manager = Manager(Pool(4, LruPolicy()), None, Limits())
+    manager = Manager(Pool(4, LruPolicy()), [], Limits())
     store(manager, "w", [key(1)])
     manager.complete(done(manager.step(0.0)[0]))
     for _ in range(3):
@@ -386,7 +386,7 @@ def test_acquiring_twice_counts_once():
 
 def test_a_hold_is_let_go_deepest_first():
     host = Pool(4, LruPolicy())
-    manager = Manager(host, None, Limits())
+    manager = Manager(host, [], Limits())
     for number in (1, 2):
         register(host, [key(number)], [key(number - 1) if number > 1 else None])
     manager.acquire(holder(), [key(1)], 0.0)

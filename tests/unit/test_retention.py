@@ -12,7 +12,8 @@ from kvstrata.core.config import Limits
 from kvstrata.core.errors import CallRefusedError, ConfigError
 from kvstrata.core.ids import Holder, SequenceHash, SessionId
 from kvstrata.core.retention import BlockHint
-from kvstrata.manager import Manager
+from kvstrata.core.tier import DISK
+from kvstrata.manager import LowerTier, Manager
 from kvstrata.policy import make_policy, policy_names
 from kvstrata.pool import Pool
 from kvstrata.runtime import messages as wire
@@ -35,7 +36,9 @@ class Node:
     ) -> None:
         self.host = Pool(host, make_policy(policy))
         self.disk = Pool(disk, make_policy(policy)) if disk else None
-        self.manager = Manager(self.host, self.disk, limits or Limits())
+        self.manager = Manager(
+            self.host, [LowerTier(DISK, self.disk)] if self.disk else [], limits or Limits()
+        )
         self.counters = self.manager.counters
         self.now, self.turn = 0.0, 0
 
@@ -208,7 +211,7 @@ def test_a_block_with_a_life_never_stays_on_disk() -> None:
     node.store(1, 2, hints=low(ttl_s=5.0))
     assert node.disk is not None
     assert node.disk.resident() == []  # what hangs on it is of no use there either
-    assert node.counters.kept_off_disk_blocks == 2
+    assert node.counters.kept_in_host_blocks == 2
     node.store(7)
     assert node.disk.resident() == keys(7)
     node.store(7, hints=low(ttl_s=5.0))
@@ -236,7 +239,7 @@ def test_the_floor_for_the_disk_is_contiguous() -> None:
     node.store(5, parent=4, hints=low(90))
     assert node.disk is not None
     assert node.disk.resident() == keys(1)
-    assert node.counters.kept_off_disk_blocks == 4
+    assert node.counters.kept_in_host_blocks == 4
 
 
 def test_a_floor_above_the_default_wants_to_be_asked() -> None:

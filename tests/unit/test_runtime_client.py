@@ -73,7 +73,7 @@ def test_round_trip_over_the_disk(connect, make_blocks, tmp_path) -> None:
     assert client.clear(["host"]) == 20
     assert same(client.get(tokens), blocks)
     counters = client.stats()["node"]["counters"]
-    assert (counters["written_blocks"], counters["hit_blocks_disk"]) == (20, 20)
+    assert (counters["written_blocks"], counters["hit_blocks_staged"]) == (20, 20)
     client.close()
     again = connect(tiers=tiers)
     assert again.stats()["node"]["counters"]["recovered_blocks"] == 20

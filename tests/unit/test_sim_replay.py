@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from kvstrata.apps.cli.main import app
 from kvstrata.core.errors import ConfigError
 from kvstrata.core.ids import SequenceHash
+from kvstrata.core.tier import DISK, Admission, TierName
 from kvstrata.policy import policy_names
 from kvstrata.sim.hardware import EXAMPLE, load_hardware
 from kvstrata.sim.plan import best, candidates, plan
-from kvstrata.sim.replay import BELADY, Replay, next_uses
+from kvstrata.sim.replay import BELADY, LowerSlots, Replay, next_uses
 from kvstrata.sim.sweep import Load, parse_capacities, parse_extents
 from kvstrata.sim.traces import TraceRequest, open_trace
 
@@ -71,8 +72,12 @@ def plain_lru(requests: list[TraceRequest], slots: int) -> int:
     return hits
 
 
+def below(slots: int, admission: Admission = Admission.WRITE_THROUGH) -> list[LowerSlots]:
+    return [LowerSlots(DISK, slots, admission)] if slots else []
+
+
 def replayed(policy: str, requests: list[TraceRequest], host: int, disk: int = 0):
-    replay = Replay(policy, host, disk, EXAMPLE, 64)
+    replay = Replay(policy, host, below(disk), EXAMPLE, 64)
     replay.play(requests, next_uses(requests))
     return replay.report()
 
@@ -136,7 +141,19 @@ def test_the_same_trace_gives_the_same_report() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "host,host", "disk:1GiB", "host,disk", "gpu:1GiB", "host:0%", "host:101%", "host:x"],
+    [
+        "",
+        "host,host",
+        "disk:1GiB",
+        "host,disk",
+        "gpu:1GiB",
+        "host:0%",
+        "host:101%",
+        "host:x",
+        "host,disk:1GiB:never",
+        "host,disk::on-evict",
+        "host,disk:1GiB,host",
+    ],
 )
 def test_tiers_that_cannot_be(text) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -146,7 +163,8 @@ def test_tiers_that_cannot_be(text) -> None:
 
 
 def test_sizes_are_floors() -> None:
-    host, disk = parse_extents("host:5%,disk:1GiB")
+    host, (lower,) = parse_extents("host:5%,disk:1GiB")
+    disk = lower.extent
     assert (host.slots(1999, 1), disk.slots(1, 1000)) == (99, (1 << 30) // 1000)
     assert [each.slots(182790, 1) for each in parse_capacities("1%,3%,20%")] == [1827, 5483, 36558]
 
@@ -244,7 +262,32 @@ def test_a_trace_too_large_to_keep_is_streamed_and_gives_the_same(monkeypatch) -
     streamed = Load(open_trace(SAMPLE))
     told: list[int] = []
     for policy in ("lru", "auto"):
-        report = streamed.replay(policy, (50, 200), EXAMPLE, told.append)
-        assert report == kept.replay(policy, (50, 200), EXAMPLE)
+        report = streamed.replay(policy, 50, below(200), EXAMPLE, told.append)
+        assert report == kept.replay(policy, 50, below(200), EXAMPLE)
     with pytest.raises(ConfigError, match="belady needs the whole trace in memory"):
-        streamed.replay(BELADY, (50, 0), EXAMPLE)
+        streamed.replay(BELADY, 50, [], EXAMPLE)
+
+
+def test_what_is_evicted_and_what_is_used_often_may_be_all_that_enters_a_disk() -> None:
+    """On evict both tiers hold different blocks; by frequency few are written."""
+    requests = chats(7)
+    reports = {}
+    for admission in Admission:
+        replay = Replay("lru", 400, below(400, admission), EXAMPLE, 64)
+        replay.play(requests)
+        reports[admission] = replay.report()
+    through, evicted, often = (reports[admission] for admission in Admission)
+    assert through.hit_blocks["host"] == evicted.hit_blocks["host"] == often.hit_blocks["host"]
+    assert evicted.hit > through.hit > often.hit
+    written = [each.moved_bytes["host to disk"] for each in (through, evicted, often)]
+    assert written[0] > written[1] > written[2] > 0
+
+
+def test_a_second_disk_gives_back_what_the_first_lost() -> None:
+    requests = chats(7)
+    lower = [LowerSlots(DISK, 80), LowerSlots(TierName("disk2"), 400)]
+    replay = Replay("lru", 40, lower, EXAMPLE, 64)
+    replay.play(requests)
+    report = replay.report()
+    assert all(report.hit_blocks[tier] > 0 for tier in ("host", "disk", "disk2"))
+    assert report.hit > replayed("lru", requests, 40, 80).hit

@@ -10,6 +10,7 @@ import pytest
 from kvstrata.core.config import Limits
 from kvstrata.core.errors import TransferError
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
+from kvstrata.core.tier import DISK
 from kvstrata.layout import BlockLayout, Dimension
 from kvstrata.storage.arena import Arena
 from kvstrata.storage.base import StoredBlock
@@ -48,7 +49,7 @@ class World:
         self.arena = Arena.create(CAPACITY, layout)
         self.slab = Slab.open(directory, CAPACITY, layout)
         self.executor = Executor(
-            self.arena, self.slab, layout.fingerprint, Limits(), mover=mover, **settings
+            self.arena, {DISK: self.slab}, layout.fingerprint, Limits(), mover=mover, **settings
         )
 
     def fill(self, *slots):
@@ -125,6 +126,7 @@ def run(eventually):
 def write_job(slots, targets, checksums, name=1, parents=None, written=100):
     return WriteJob(
         TransferId(name),
+        DISK,
         tuple(map(SlotId, slots)),
         tuple(map(SlotId, targets)),
         KEYS[: len(slots)],
@@ -137,6 +139,7 @@ def write_job(slots, targets, checksums, name=1, parents=None, written=100):
 def read_job(sources, slots, name=2, keys=KEYS):
     return ReadJob(
         TransferId(name),
+        DISK,
         tuple(map(SlotId, sources)),
         tuple(map(SlotId, slots)),
         keys[: len(slots)],
@@ -151,7 +154,7 @@ class TestSeal:
 
     def test_needs_no_disk(self, run):
         arena = Arena.create(CAPACITY, LAYOUTS["gaps"])
-        executor = Executor(arena, None, LAYOUTS["gaps"].fingerprint, Limits())
+        executor = Executor(arena, {}, LAYOUTS["gaps"].fingerprint, Limits())
         done = run(executor, SealJob(TransferId(1), (SlotId(0),), KEYS[:1]))
         assert done[1].ok == (True,)
         executor.close()
@@ -316,7 +319,7 @@ class TestErase:
         seals = world.fill(0, 1, 2)
         run(world.executor, write_job((0, 1, 2), (3, 4, 5), seals))
         before = bytearray(world.file_bytes())
-        done = run(world.executor, EraseJob(TransferId(3), (SlotId(5), SlotId(3))))
+        done = run(world.executor, EraseJob(TransferId(3), DISK, (SlotId(5), SlotId(3))))
         assert done[3] == JobDone(3, (True, True))
         for slot in (3, 5):
             start = world.slab.entry_offset(slot)
@@ -374,7 +377,7 @@ class TestBounds:
         jobs = [
             *(SealJob(TransferId(10 + n), (SlotId(n),), KEYS[n : n + 1]) for n in range(6)),
             *(read_job((n,), (n + 20,), name=20 + n, keys=KEYS[n:]) for n in range(6)),
-            *(EraseJob(TransferId(30 + n), (SlotId(n),)) for n in range(6)),
+            *(EraseJob(TransferId(30 + n), DISK, (SlotId(n),)) for n in range(6)),
         ]
         done = run(world.executor, *jobs)
         assert set(done) == {job.transfer for job in jobs}
@@ -397,7 +400,7 @@ class TestBounds:
     def test_poll_after_close_ends_what_was_between_two_stages(self, world):
         told = threading.Semaphore(0)
         executor = Executor(
-            world.arena, world.slab, world.layout.fingerprint, Limits(), notify=told.release
+            world.arena, {DISK: world.slab}, world.layout.fingerprint, Limits(), notify=told.release
         )
         assert executor.try_submit(write_job((0,), (0,), world.fill(0)))
         sealed = told.acquire(timeout=10)
@@ -409,7 +412,7 @@ class TestBounds:
     def test_news_are_told(self, world):
         told = threading.Semaphore(0)
         executor = Executor(
-            world.arena, world.slab, world.layout.fingerprint, Limits(), notify=told.release
+            world.arena, {DISK: world.slab}, world.layout.fingerprint, Limits(), notify=told.release
         )
         executor.try_submit(read_job((0,), (0,)))
         assert told.acquire(timeout=10), "the read"

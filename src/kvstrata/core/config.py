@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from kvstrata.core.errors import ConfigError
-from kvstrata.core.tier import Tier
+from kvstrata.core.tier import Admission, TierKind, TierName
 
 __all__ = [
     "BLOCK_TOKENS_DEFAULT",
+    "BYPASS_BYTES",
     "Limits",
     "NodeConfig",
     "TierConfig",
     "parse_bytes",
     "parse_tiers",
+    "tier_names",
 ]
 
 BLOCK_TOKENS_DEFAULT: Final = 64
 """Tokens in one block, and the hash granularity that engines must share to share blocks."""
+BYPASS_BYTES: Final = 256 << 20
+"""Size of a host tier that nobody asked for, where blocks wait on their way to lower tiers."""
 
 _UNITS: Final = {
     "": 1, "b": 1,
@@ -32,14 +38,19 @@ _SIZE_BYTES_MAX: Final = 1 << 50  # 1 PiB: larger is a typing error, and would o
 
 @dataclass(frozen=True, slots=True)
 class TierConfig:
-    """One tier: which, how large, and where its bytes are kept."""
+    """One tier: which, how large, where its bytes are kept, and what enters it."""
 
-    tier: Tier
-    """Which tier this sizes."""
+    kind: TierKind
+    """What keeps its bytes."""
     capacity_bytes: int
     """Upper bound of the bytes that the tier may take, its own bookkeeping included."""
     directory: str | None = None
-    """Directory of the disk tier's files; None for the host tier."""
+    """Directory of a disk tier's files; None for the host tier."""
+    admission: Admission = Admission.WRITE_THROUGH
+    """Which blocks of the tier above enter it; means nothing for the host tier."""
+    bypass: bool = False
+    """For the host tier: it is only where blocks wait on their way between engine and the tier
+    below, and keeps each from eviction until it is written there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +58,34 @@ class Limits:
     """Bounds of every queue, wait and batch of a node. The defaults suit one engine on one node."""
 
     staging_timeout_s: float = 5.0
-    """How long a lookup may keep an engine waiting for blocks that are being read from disk."""
+    """How long a lookup may keep an engine waiting for blocks that come from below the host."""
     hold_timeout_s: float = 30.0
     """How long blocks found by a lookup stay pinned if the request never acquires them."""
     job_blocks_max: int = 16
     """Blocks in one transfer job: small enough that the good part of a prefix arrives early."""
     offload_blocks_in_flight_max: int = 256
-    """Blocks being written to disk at once; the rest wait in the backlog."""
+    """Blocks being written to one tier at once; the rest wait in the backlog."""
     offload_backlog_blocks_max: int = 65_536
-    """Blocks waiting to be written to disk; what comes on top is counted and not written."""
+    """Blocks waiting to be written to one tier; what comes on top is counted and not written."""
+    relay_blocks_max: int = 32
+    """Host slots that blocks on their way from one lower tier to the next may take at once."""
+    demote_share: float = 0.125
+    """Share of a tier, its coldest blocks, that is written below ahead of eviction where the tier
+    below takes blocks on evict."""
+    admission_uses_min: int = 2
+    """Uses, computing it included, after which a block enters a tier that admits by frequency."""
     lease_share_max: float = 0.5
     """Share of the host tier that leases may keep from eviction, all together."""
     lease_s_max: float = 3600.0
     """Longest time for which a lease can be taken or renewed."""
     offload_priority_min: int = 0
-    """Blocks of a lower priority than this, and those behind them, are not written to disk."""
+    """Blocks of a lower priority than this, and those behind them, stay in the host."""
     transfer_threads: int = 2
     """Threads that move bytes to and from disk."""
     checksum_threads: int = 1
     """Threads that compute block checksums."""
     drain_timeout_s: float = 2.0
-    """How long a daemon that is told to stop goes on writing what waits for the disk."""
+    """How long a daemon that is told to stop goes on writing what waits for lower tiers."""
     call_blocks_max: int = 1 << 18
     """Hashes accepted in one message: 2**18 blocks of 64 tokens are 16 million tokens."""
 
@@ -77,9 +95,9 @@ class NodeConfig:
     """What one node daemon owns."""
 
     tiers: tuple[TierConfig, ...]
-    """Host first, then disk if there is one."""
+    """Host first, then the tiers below it, nearest first."""
     secret_file: str | None = None
-    """File with the cluster secret; None keeps one beside the disk tier's blocks."""
+    """File with the cluster secret; None keeps one beside the first disk tier's blocks."""
     limits: Limits = Limits()
     """Bounds of queues, waits and batches."""
     policy: str = "lru"
@@ -91,9 +109,20 @@ class NodeConfig:
         return self.tiers[0]
 
     @property
-    def disk(self) -> TierConfig | None:
-        """The disk tier's configuration, or None."""
-        return self.tiers[1] if len(self.tiers) > 1 else None
+    def lower(self) -> dict[TierName, TierConfig]:
+        """The tiers below the host by name, nearest first."""
+        return dict(zip(tier_names(self.tiers)[1:], self.tiers[1:], strict=True))
+
+
+def tier_names(tiers: Sequence[TierConfig]) -> list[TierName]:
+    """Return the names of `tiers`: their kinds, from the second of a kind on with its number."""
+    names: list[TierName] = []
+    counts: Counter[str] = Counter()
+    for tier in tiers:
+        counts[tier.kind.value] += 1
+        number = counts[tier.kind.value]
+        names.append(TierName(f"{tier.kind.value}{number if number > 1 else ''}"))
+    return names
 
 
 def parse_bytes(text: str, *, field: str) -> int:
@@ -115,34 +144,59 @@ def parse_bytes(text: str, *, field: str) -> int:
 
 
 def parse_tiers(text: str) -> tuple[TierConfig, ...]:
-    """Return the tiers of `host:SIZE[,disk:DIRECTORY:SIZE]`, host first.
+    """Return the tiers of `[host:SIZE[:bypass],]disk:DIRECTORY:SIZE[:ADMISSION],...`, host first.
 
-    Raises ConfigError for an unknown, repeated, missing or misplaced tier, and for a bad size.
+    A list that begins below the host gets a host of `BYPASS_BYTES` that is bypassed. Raises
+    ConfigError for an unknown, repeated, missing or misplaced tier, and for a bad size.
     """
     found = [_parse_tier(part.strip()) for part in text.split(",") if part.strip()]
-    order = [tier.tier for tier in found]
-    if order not in ([Tier.HOST], [Tier.HOST, Tier.DISK]):
-        names = ",".join(tier.value for tier in order) or "nothing"
+    names = [tier.kind.value for tier in found]
+    if not names or TierKind.HOST.value in names[1:]:
         raise ConfigError(
-            f"tiers: {names!r} is not a list that this version can run",
-            hint="write host first, then at most one disk: host:2GiB,disk:/var/kv:20GiB",
+            f"tiers: {','.join(names) or 'nothing'!r} is not a list of tiers",
+            hint="write host at most once, as the first: host:2GiB,disk:/var/kv:20GiB",
+        )
+    if found[0].kind is not TierKind.HOST:
+        found.insert(0, TierConfig(TierKind.HOST, BYPASS_BYTES, bypass=True))
+    places = [tier.directory for tier in found if tier.directory]
+    if twice := [place for place in places if places.count(place) > 1]:
+        raise ConfigError(
+            f"tiers: two tiers would keep their files in {twice[0]!r}",
+            hint="give each disk tier a directory of its own",
+        )
+    if found[0].bypass and (len(found) == 1 or found[1].admission is not Admission.WRITE_THROUGH):
+        raise ConfigError(
+            "tiers: a bypassed host needs a tier below it that takes every block",
+            hint="write host:64MiB:bypass,disk:/var/kv:20GiB, without another admission",
         )
     return tuple(found)
 
 
 def _parse_tier(text: str) -> TierConfig:
     name, _, rest = text.partition(":")
-    if name == Tier.HOST.value:
-        return TierConfig(Tier.HOST, parse_bytes(rest, field="tiers.host"))
-    if name == Tier.DISK.value:
+    if name == TierKind.HOST.value:
+        size = rest.removesuffix(":bypass")
+        capacity = parse_bytes(size, field="tiers.host")
+        return TierConfig(TierKind.HOST, capacity, bypass=size != rest)
+    if name == TierKind.DISK.value:
+        rest, admission = _split_admission(rest)
         directory, _, size = rest.rpartition(":")
         if not directory:
             raise ConfigError(
                 f"tiers.disk: {text!r} names no directory",
                 hint="write disk:DIRECTORY:SIZE, for example disk:/var/kv:20GiB",
             )
-        return TierConfig(Tier.DISK, parse_bytes(size, field="tiers.disk"), directory)
+        capacity = parse_bytes(size, field="tiers.disk")
+        return TierConfig(TierKind.DISK, capacity, directory, admission)
     raise ConfigError(
         f"tiers: unknown tier {name!r}",
         hint="known tiers are host and disk: host:2GiB,disk:/var/kv:20GiB",
     )
+
+
+def _split_admission(text: str) -> tuple[str, Admission]:
+    """Return `text` without the admission at its end, and that; write-through if none is named."""
+    before, _, last = text.rpartition(":")
+    if last in {each.value for each in Admission}:
+        return before, Admission(last)
+    return text, Admission.WRITE_THROUGH

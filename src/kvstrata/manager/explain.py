@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvstrata.core.ids import SequenceHash
-from kvstrata.core.tier import Tier
+from kvstrata.core.tier import TierName
 from kvstrata.policy import make_policy, policy_names
 from kvstrata.policy.shadow import Shadow, sample_mask
 
@@ -29,7 +29,7 @@ class Departure:
     what: str
     """`evicted`, `cleared`, `corrupt`, `read failed`, `seal failed`, `not stored, no slot free`,
     `time to live ended`."""
-    tier: Tier
+    tier: TierName
     """Where."""
     at: float
     """When, on the clock of `now`."""
@@ -39,7 +39,7 @@ class Departure:
     def sentence(self, now: float) -> str:
         """Return it in words, seen from `now`."""
         by = f" by {self.by}" if self.by else ""
-        return f"{self.what} in {self.tier.value}{by}, {max(now - self.at, 0.0):.1f} s ago"
+        return f"{self.what} in {self.tier}{by}, {max(now - self.at, 0.0):.1f} s ago"
 
 
 class Departures:

@@ -11,52 +11,26 @@ Repeating a call doubles nothing. A refused call changes nothing.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId, TransferId
 from kvstrata.core.retention import BlockHint
-from kvstrata.core.tier import Tier
+from kvstrata.core.tier import DISK, HOST, TierName
 from kvstrata.manager.explain import DEPARTURES_MAX, Departures, Gauges
+from kvstrata.manager.groups import WHOLE, split
 from kvstrata.manager.leasing import Leasing
+from kvstrata.manager.loading import AcquireAnswer, Loading, LookupAnswer
 from kvstrata.manager.offload import Offloading
 from kvstrata.manager.onboard import Onboarding
 from kvstrata.manager.retaining import Retaining
-from kvstrata.manager.state import BrainState, Counters
+from kvstrata.manager.state import BrainState, Counters, LowerTier
 from kvstrata.manager.storing import Storing
-from kvstrata.pool import Pin, Pool
+from kvstrata.pool import Pool
 from kvstrata.storage.base import StoredBlock
 from kvstrata.transfer.base import Job, JobDone
 
 __all__ = ["AcquireAnswer", "LookupAnswer", "Manager", "ReserveAnswer"]
-
-
-@dataclass(frozen=True, slots=True)
-class LookupAnswer:
-    """What is kept of a prefix, in blocks."""
-
-    ready: int
-    """Leading blocks that are in the host now, held for this request until it goes on."""
-    ready_from_disk: int
-    """How many of `ready` were staged from disk for this request."""
-    pending: int
-    """Blocks behind `ready` that are being staged; ask again before `until`."""
-    until: float
-    """When staging is given up, on the clock of `now`; 0 if nothing is pending."""
-    why: str
-    """Why the first block behind `ready` is not ready: empty if there is none."""
-
-
-@dataclass(frozen=True, slots=True)
-class AcquireAnswer:
-    """Slots to read, root first."""
-
-    slots: list[SlotId]
-    """Host slots, pinned until the request is released."""
-    generations: list[int]
-    """Generation of each slot; a reader that sees another one must not use what it read."""
-    from_disk: int
-    """How many of them were staged from disk for this request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,122 +45,94 @@ class ReserveAnswer:
     """Wanted blocks that found no slot: not an error, they are simply not stored."""
 
 
-@dataclass(slots=True)
-class _Hold:
-    expires: float
-    staging_until: float = 0.0
-    acquired: bool = False
-    pins: list[Pin] = field(default_factory=list)
-    held: set[SlotId] = field(default_factory=set)
-    staged: set[SequenceHash] = field(default_factory=set)
-    counted: set[SequenceHash] = field(default_factory=set)
-    throttled: set[SequenceHash] = field(default_factory=set)
-
-
 class Manager:
     """Decides over one block layout's tiers."""
 
     def __init__(
-        self, host: Pool, disk: Pool | None, limits: Limits, policy: str | None = None
+        self,
+        host: Pool,
+        lower: Sequence[LowerTier],
+        limits: Limits,
+        policy: str | None = None,
+        *,
+        bypass: bool = False,
     ) -> None:
-        """Take over empty pools; `disk` is None for a node without one.
+        """Take over empty pools; `lower` are the tiers below the host, nearest first.
 
         `policy` names what the pools evict by; with it, gauges tell what others would have hit.
+        With `bypass` the host keeps each block from eviction until the tier below has it.
         """
-        slots = host.slots_total + (disk.slots_total if disk else 0)
+        slots = host.slots_total + sum(tier.pool.slots_total for tier in lower)
         self._state = BrainState(
             departures=Departures(min(max(slots, 1024), DEPARTURES_MAX)),
             host=host,
-            disk=disk,
+            lower=tuple(lower),
             limits=limits,
             policy=policy or "",
             host_seals=[b""] * host.slots_total,
-            disk_seals=[b""] * (disk.slots_total if disk else 0),
         )
         self._onboarding = Onboarding(self._state)
         self._retaining = Retaining(self._state, self._onboarding.erase)
-        self._offloading = Offloading(self._state, self._retaining)
+        self._offloading = Offloading(self._state, self._retaining, self._onboarding, bypass=bypass)
         self._storing = Storing(self._state)
         self._leasing = Leasing(self._state)
-        self._holds: dict[Holder, _Hold] = {}
         self._gauges = Gauges(host.slots_total, policy) if policy else None
+        self._loading = Loading(self._state, self._onboarding, self._storing, self._gauges)
 
-    def recover(self, blocks: Sequence[StoredBlock], floor: int = 0) -> None:
-        """Adopt what the disk store found at start, oldest first; call before anything else.
+    def recover(self, blocks: Sequence[StoredBlock], floor: int = 0, tier: TierName = DISK) -> None:
+        """Adopt what a lower tier's store found at start, oldest first; call before all else.
 
         New blocks are numbered above these and above `floor`, up to which blocks were cleared.
         """
-        disk = self._state.disk
-        assert disk is not None
+        lower = self._state.tier(tier)
         newest_first = sorted(blocks, key=lambda block: -block.written)
         for block in newest_first:
-            self._state.disk_seals[block.slot] = block.checksum
-        disk.adopt([block.slot for block in newest_first])
-        disk.register(
+            lower.seals[block.slot] = block.checksum
+        lower.pool.adopt([block.slot for block in newest_first])
+        lower.pool.register(
             [block.slot for block in newest_first],
             [block.key for block in newest_first],
             [block.parent for block in newest_first],
         )
-        self._offloading.resume_after(max(floor, newest_first[0].written if newest_first else 0))
+        lower.written = max(floor, newest_first[0].written if newest_first else 0)
         self._state.counters.recovered_blocks += len(newest_first)
 
     # -- loading -------------------------------------------------------------------------------
 
-    def lookup(self, holder: Holder, hashes: Sequence[SequenceHash], now: float) -> LookupAnswer:
-        """Return how much of the prefix is ready; start to stage what lies on disk behind it."""
-        state, limits = self._state, self._state.limits
-        self._pass_time(now)
-        hold = self._holds.get(holder)
-        if hold is None:
-            hold = self._holds[holder] = _Hold(expires=0.0)
-            state.counters.lookups += 1
-            if self._gauges:
-                self._gauges.use(hashes)
-        hold.expires = now + limits.hold_timeout_s
-        found = state.host.scan(hashes)
-        pairs = zip(hashes, found, strict=True)
-        self._pin(hold, [(key, slot) for key, slot in pairs if slot is not None])
-        ready = found.index(None) if None in found else len(found)
-        from_disk = self._staged(hold, hashes[:ready])
-        on_disk, coming = self._beyond(hashes, found, ready, holder)
-        late = hold.staging_until and now >= hold.staging_until
-        if (on_disk or coming) and not late:
-            hold.staging_until = hold.staging_until or now + limits.staging_timeout_s
-            if on_disk:
-                left = self._onboarding.stage(on_disk, holder, hold.staging_until)
-                new = set(left) - hold.throttled  # a repeated lookup counts nothing twice
-                state.counters.throttled_stage_blocks += len(new)
-                hold.throttled |= new
-            if coming or self._onboarding.is_waiting(holder):
-                pending, until = max(len(on_disk), 1), hold.staging_until
-                return LookupAnswer(ready, from_disk, pending, until, "pending")
-        why = ""
-        if ready < len(hashes):
-            why = self._why(hashes[ready], too_late=bool(late and (on_disk or coming)), now=now)
-        return LookupAnswer(ready, from_disk, 0, 0.0, why)
+    def lookup(
+        self,
+        holder: Holder,
+        hashes: Sequence[SequenceHash],
+        now: float,
+        windows: Sequence[int] = WHOLE,
+    ) -> LookupAnswer:
+        """Return how much of the prefix is ready; start to stage what lies below the host.
 
-    def acquire(self, holder: Holder, hashes: Sequence[SequenceHash], now: float) -> AcquireAnswer:
-        """Hold the longest ready prefix of `hashes` for reading until `release`."""
-        host = self._state.host
+        A model with several groups of layers has a window for each (see groups.py); `hashes` are
+        then the keys of all its blocks in the first group, then in the next. Raises ValueError,
+        and changes nothing, if that does not come out even.
+        """
+        chains = split(hashes, windows)
         self._pass_time(now)
-        hold = self._holds.setdefault(holder, _Hold(expires=now))
-        hold.acquired = True
-        slots = host.match(hashes)
-        self._pin(hold, list(zip(hashes, slots, strict=False)))
-        from_disk = self._staged(hold, hashes[: len(slots)])
-        counted = [key for key in hashes[: len(slots)] if key not in hold.counted]
-        counted_from_disk = self._staged(hold, counted)
-        self._state.counters.hit_blocks_disk += counted_from_disk
-        self._state.counters.hit_blocks_host += len(counted) - counted_from_disk
-        hold.counted.update(counted)
-        return AcquireAnswer(slots, [host.generations[slot] for slot in slots], from_disk)
+        return self._loading.lookup(holder, chains)
+
+    def acquire(
+        self,
+        holder: Holder,
+        hashes: Sequence[SequenceHash],
+        now: float,
+        windows: Sequence[int] = WHOLE,
+    ) -> AcquireAnswer:
+        """Hold the longest ready prefix of `hashes` for reading until `release`; see `lookup`."""
+        chains = split(hashes, windows)
+        self._pass_time(now)
+        answer, new = self._loading.acquire(holder, chains)
+        self._offloading.used(new)
+        return answer
 
     def release(self, holder: Holder) -> None:
         """End whatever `holder` holds for reading; harmless if that is nothing."""
-        hold = self._holds.pop(holder, None)
-        if hold:
-            for pin in reversed(hold.pins):  # deepest first: a chain ages from its end
-                pin.release()
+        self._loading.release(holder)
 
     def lease(
         self, holder: Holder, hashes: Sequence[SequenceHash], seconds: float, now: float
@@ -241,32 +187,29 @@ class Manager:
 
         Returns whether there is anything in quarantine, so that `session_dead` must follow.
         """
-        self._release_all(session)
+        self._loading.release_all(session)
         return self._storing.quarantine(session)
 
     def session_dead(self, session: SessionId) -> None:
         """End a session whose process is gone: nobody can write to its slots any more."""
-        self._release_all(session)
+        self._loading.release_all(session)
         self._storing.reclaim(session)
 
-    def clear(self, tiers: Collection[Tier]) -> int:
+    def clear(self, tiers: Collection[TierName]) -> int:
         """Forget every block in `tiers`, those on their way too; return how many there were."""
         state, count = self._state, 0
-        if Tier.HOST in tiers:
+        if HOST in tiers:
             self._storing.discard()
             self._onboarding.discard()
             self._leasing.discard()
             keys = state.host.resident()
-            state.left(keys, "cleared", Tier.HOST)
+            state.left(keys, "cleared", HOST)
             count += len(state.host.withdraw(keys))
-        if Tier.DISK in tiers and state.disk:
-            self._offloading.discard()
-            self._onboarding.discard()
-            keys = state.disk.resident()
-            state.left(keys, "cleared", Tier.DISK)
-            slots = state.disk.withdraw(keys, quarantine=True)
-            self._onboarding.erase(slots)
-            count += len(slots)
+        for tier in state.lower:
+            if tier.name in tiers:
+                self._offloading.discard(tier.name)
+                self._onboarding.discard()
+                count += self._onboarding.withdraw(tier, tier.pool.resident(), "cleared")
         return count
 
     def forget(self, key: SequenceHash) -> int:
@@ -277,34 +220,23 @@ class Manager:
         and nobody can find them anyway until their parents are stored again.
         """
         state = self._state
-        doomed = self._below(key)
+        doomed = self._behind(key)
         self._storing.discard_some(doomed)
         self._onboarding.discard_some(doomed)
         self._offloading.discard_some(doomed)
         keys = [each for each in doomed if each in state.host]
         count = len(state.host.withdraw(keys))
-        state.left(keys, "cleared", Tier.HOST)
-        if state.disk:
-            keys = [each for each in doomed if each in state.disk]
-            slots = state.disk.withdraw(keys, quarantine=True)
-            state.left(keys, "cleared", Tier.DISK)
-            self._onboarding.erase(slots)
-            count += len(slots)
+        state.left(keys, "cleared", HOST)
+        for tier in state.lower:
+            count += self._onboarding.withdraw(tier, list(doomed), "cleared")
         return count
 
     # -- time ----------------------------------------------------------------------------------
 
     def step(self, now: float) -> list[Job]:
         """Let time pass; return the jobs to start. They belong to the caller from here on."""
-        expired = [
-            holder
-            for holder, hold in self._holds.items()
-            if not hold.acquired and now >= hold.expires
-        ]
-        for holder in expired:
-            self._state.counters.expired_holds += 1
-            self.release(holder)
         self._pass_time(now)
+        self._loading.expire()
         self._offloading.pump()
         jobs = self._state.outbox[:]
         self._state.outbox.clear()
@@ -318,17 +250,19 @@ class Manager:
         """Take the single end of a job."""
         stored = self._storing.finish(done)
         if stored is not None:
-            self._retaining.apply(self._state.host, stored)
-            self._offloading.wish(stored)
+            self._retaining.apply(HOST, stored)
+            self._offloading.registered(HOST, stored)
+            self._offloading.used(stored)
             return
         staged = self._onboarding.finish(done)
         if staged is not None:
-            self._retaining.apply(self._state.host, staged.hashes)
-            self._hand_over(staged.hashes, staged.waiters)
+            self._retaining.apply(HOST, staged.hashes)
+            self._offloading.registered(HOST, staged.hashes)
+            self._loading.hand_over(staged.hashes, staged.tier, staged.waiters)
             return
-        to_erase = self._offloading.finish(done)
-        assert to_erase is not None, f"{done.transfer=} is not a job of ours"
-        self._onboarding.erase(to_erase)
+        written = self._offloading.finish(done)
+        assert written is not None, f"{done.transfer=} is not a job of ours"
+        self._onboarding.erase(*written)
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -348,15 +282,14 @@ class Manager:
         """Blocks and jobs on their way into the tiers, those on their way out left aside."""
         return self._storing.in_flight + self._offloading.pending
 
-    @property
-    def written(self) -> int:
-        """Write counter of the block last given out to be written to disk."""
-        return self._offloading.written
+    def written(self, tier: TierName) -> int:
+        """Return the write counter of the block last given out to be written to a lower `tier`."""
+        return self._state.tier(tier).written
 
     @property
     def holds(self) -> int:
         """Requests that hold blocks for reading."""
-        return len(self._holds)
+        return len(self._loading)
 
     @property
     def leases(self) -> int:
@@ -379,10 +312,10 @@ class Manager:
         self._leasing.expire(now)
         self._retaining.expire(now)
 
-    def _below(self, key: SequenceHash) -> set[SequenceHash]:
-        parents = self._storing.parents() | self._offloading.parents() | self._state.host.parents()
-        if self._state.disk:
-            parents |= self._state.disk.parents()
+    def _behind(self, key: SequenceHash) -> set[SequenceHash]:
+        parents = self._storing.parents() | self._offloading.parents()
+        for _, pool in self._state.pools():
+            parents |= pool.parents()
         children: dict[SequenceHash, list[SequenceHash]] = {}
         for each, parent in parents.items():
             if parent is not None:
@@ -394,59 +327,3 @@ class Manager:
             found.update(new)
             ahead += new
         return found
-
-    def _why(self, key: SequenceHash, *, too_late: bool, now: float) -> str:
-        """Return why `key` is not ready, most telling reason first."""
-        if too_late:
-            return "too slow"
-        disk = self._state.disk
-        if disk is not None and key in disk:
-            return "on disk, no host slot free"
-        if self._storing.is_coming(key):
-            return "being stored"
-        return self._state.departures.why(key, now)
-
-    def _beyond(
-        self,
-        hashes: Sequence[SequenceHash],
-        found: Sequence[SlotId | None],
-        ready: int,
-        holder: Holder,
-    ) -> tuple[list[SequenceHash], bool]:
-        """Return the keys to stage behind `ready`, and whether some are on their way already."""
-        on_disk: list[SequenceHash] = []
-        coming = False
-        disk = self._state.disk or ()
-        for key, slot in zip(hashes[ready:], found[ready:], strict=True):
-            if slot is not None:
-                continue
-            if self._onboarding.waiting_for(key, holder) or self._storing.is_sealing(key):
-                coming = True
-            elif key in disk:
-                on_disk.append(key)
-            else:
-                break
-        return on_disk, coming
-
-    def _pin(self, hold: _Hold, found: Sequence[tuple[SequenceHash, SlotId]]) -> None:
-        # By slot, not by key: a key that was cleared and stored again lives in another slot.
-        new = [slot for _, slot in found if slot not in hold.held]
-        if new:
-            hold.pins.append(self._state.host.pin(new))
-            hold.held.update(new)
-
-    def _hand_over(self, hashes: Sequence[SequenceHash], waiters: Collection[Holder]) -> None:
-        found = self._state.host.scan(hashes)
-        pairs = [(key, slot) for key, slot in zip(hashes, found, strict=True) if slot is not None]
-        for holder in waiters:
-            hold = self._holds.get(holder)
-            if hold:
-                self._pin(hold, pairs)
-                hold.staged.update(key for key, _ in pairs)
-
-    def _staged(self, hold: _Hold, hashes: Sequence[SequenceHash]) -> int:
-        return sum(key in hold.staged for key in hashes) if hold.staged else 0
-
-    def _release_all(self, session: SessionId) -> None:
-        for holder in [each for each in self._holds if each.session == session]:
-            self.release(holder)

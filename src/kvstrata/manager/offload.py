@@ -1,20 +1,29 @@
-"""Write-through: copying blocks that the host has registered to disk, oldest wish first.
+"""Offloading: copying blocks from each tier to the one below, as that one admits them.
 
-A block waits in the backlog by its key only, unpinned: if the host evicts it before its turn, it
-is simply not written. Back-pressure is therefore a shorter backlog, never a stalled engine.
+A block waits in a backlog by its key only, unpinned: if the tiers above evict it before its turn,
+it is simply not written. Back-pressure is therefore a shorter backlog, never a stalled engine. Two
+set-ups hold blocks: a bypassed host keeps each until it is written, for it is no tier to stay in;
+and where a tier takes what is evicted above it, the coldest blocks above are given up ahead of
+time: they stay findable, are written, and are the first ones whose slots are given out.
+
+All writes start in the host. A block that the host has not is relayed (see relay.py).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
-from kvstrata.core.tier import Tier
+from kvstrata.core.tier import HOST, Admission, TierName
+from kvstrata.manager.onboard import Onboarding
+from kvstrata.manager.relay import Arrived, Relaying
 from kvstrata.manager.retaining import Retaining
-from kvstrata.manager.state import BrainState
-from kvstrata.pool import Pin
+from kvstrata.manager.state import BrainState, LowerTier
+from kvstrata.policy import UseCounts
+from kvstrata.pool import Pin, Pool
 from kvstrata.transfer.base import JobDone, WriteJob
 
 __all__ = ["Offloading"]
@@ -23,136 +32,278 @@ __all__ = ["Offloading"]
 @dataclass(slots=True)
 class _Write:
     job: WriteJob
-    host_pin: Pin
+    edge: _Edge
+    end: Callable[[], None]  # gives back what the host slots were held by
+    relayed_from: TierName = HOST
     stale: bool = False  # cleared meanwhile: its index line must not stay
 
 
-class Offloading:
-    """Blocks on their way from host to disk."""
+@dataclass(slots=True)
+class _Edge:
+    """The way from one tier to the one below."""
 
-    def __init__(self, state: BrainState, retaining: Retaining) -> None:
-        self._state, self._retaining = state, retaining
-        self._backlog: OrderedDict[SequenceHash, None] = OrderedDict()
+    source: TierName
+    above: Pool
+    tier: LowerTier
+    backlog: OrderedDict[SequenceHash, None] = field(default_factory=OrderedDict)
+    writing: set[SequenceHash] = field(default_factory=set)
+    kept: dict[SequenceHash, Pin] = field(default_factory=dict)  # above, until they are written
+
+    def let_go(self, keys: Collection[SequenceHash]) -> None:
+        """Hold `keys` above no longer: they were written, or will not be."""
+        for key in keys:
+            pin = self.kept.pop(key, None)
+            if pin:
+                pin.release()
+
+
+@dataclass(frozen=True, slots=True)
+class _Going:
+    """Blocks in host slots, about to be written."""
+
+    keys: list[SequenceHash]
+    parents: list[SequenceHash | None]
+    slots: list[SlotId]
+    end: Callable[[], None]
+    relayed_from: TierName = HOST
+
+
+class Offloading:
+    """Blocks on their way down."""
+
+    def __init__(
+        self, state: BrainState, retaining: Retaining, onboarding: Onboarding, *, bypass: bool
+    ) -> None:
+        """Serve `state.lower`; with `bypass` the host keeps what is not written yet."""
+        self._state, self._retaining, self._bypass = state, retaining, bypass
+        above = [(HOST, state.host), *((tier.name, tier.pool) for tier in state.lower)]
+        self._edges = [
+            _Edge(name, pool, tier) for (name, pool), tier in zip(above, state.lower, strict=False)
+        ]
         self._writes: dict[TransferId, _Write] = {}
-        self._writing: set[SequenceHash] = set()
-        self.written = 0
+        self._relaying = Relaying(state, onboarding)
+        slots = sum(pool.slots_total for _, pool in state.pools())
+        frequent = any(tier.admission is Admission.FREQUENCY for tier in state.lower)
+        self._uses = UseCounts(slots) if frequent else None
 
     @property
     def pending(self) -> int:
-        """Blocks waiting or being written."""
-        return len(self._backlog) + self._in_flight
+        """Blocks waiting, being relayed or being written."""
+        waiting = sum(len(edge.backlog) for edge in self._edges)
+        return waiting + self._relaying.blocks + sum(map(self._in_flight, self._edges))
 
-    @property
-    def _in_flight(self) -> int:
-        return sum(len(write.job.slots) for write in self._writes.values())
+    def registered(self, tier: TierName, hashes: Sequence[SequenceHash]) -> None:
+        """Take note that `tier` has `hashes` now: those below it may want them."""
+        for edge in self._edges:
+            if edge.source == tier and edge.tier.admission is Admission.WRITE_THROUGH:
+                self._wish(edge, hashes)
 
-    def resume_after(self, written: int) -> None:
-        """Continue the write counter of an earlier life of the store."""
-        self.written = max(self.written, written)
-
-    def wish(self, hashes: Sequence[SequenceHash]) -> None:
-        """Ask for `hashes` to be written when their turn comes."""
-        disk = self._state.disk
-        if disk is None:
+    def used(self, hashes: Sequence[SequenceHash]) -> None:
+        """Take note that a request used `hashes`: tiers that admit by frequency may want them."""
+        if self._uses is None:
             return
-        room = self._state.limits.offload_backlog_blocks_max - len(self._backlog)
-        wanted = [key for key in hashes if key not in disk and key not in self._writing]
-        asked, offloads = len(wanted), self._retaining.offloads
-        wanted = [key for key in wanted if offloads(key)]
-        self._state.counters.kept_off_disk_blocks += asked - len(wanted)
-        self._backlog.update(dict.fromkeys(wanted[: max(room, 0)]))
-        self._state.counters.throttled_write_blocks += max(len(wanted) - max(room, 0), 0)
+        often = self._uses.note(hashes, self._state.limits.admission_uses_min)
+        for edge in self._edges:
+            if edge.tier.admission is Admission.FREQUENCY:
+                self._wish(edge, often)
 
-    def discard(self) -> None:
-        """Forget what waits; what is being written must not be found afterwards."""
-        self._backlog.clear()
-        self._writing.clear()  # a block that is stored again must be written again
+    def discard(self, tier: TierName) -> None:
+        """Forget what waits to enter `tier` and what was read from it to be relayed.
+
+        What is being written there must not be found afterwards.
+        """
+        self._relaying.discard(tier)
+        for edge in self._edges:
+            if edge.tier.name == tier:
+                edge.let_go([*edge.backlog])
+                edge.backlog.clear()
+                edge.writing.clear()  # a block that is stored again must be written again
         for write in self._writes.values():
-            write.stale = True
+            if tier in {write.edge.tier.name, write.relayed_from} and not write.stale:
+                write.stale = True
+                write.edge.writing.difference_update(write.job.keys)
+
+    def discard_some(self, keys: Collection[SequenceHash]) -> None:
+        """Forget those of `keys` that wait; jobs that write one must not be found afterwards."""
+        self._relaying.discard_some(keys)
+        for edge in self._edges:
+            for key in keys:
+                if key in edge.backlog:
+                    del edge.backlog[key]
+                    edge.let_go([key])
+        for write in self._writes.values():
+            if not write.stale and not set(write.job.keys).isdisjoint(keys):
+                write.stale = True
+                write.edge.writing.difference_update(write.job.keys)
 
     def parents(self) -> dict[SequenceHash, SequenceHash | None]:
-        """Return the parent key of every key that is being written; the host may have lost some."""
-        found: dict[SequenceHash, SequenceHash | None] = {}
+        """Return the parent key of every key on its way; the tiers above may have lost some."""
+        found = self._relaying.parents()
         for write in self._writes.values():
             found |= zip(write.job.keys, write.job.parents, strict=True)
         return found
 
-    def discard_some(self, keys: Collection[SequenceHash]) -> None:
-        """Forget those of `keys` that wait; jobs that write one must not be found afterwards."""
-        for key in keys:
-            self._backlog.pop(key, None)
-        for write in self._writes.values():
-            if not write.stale and not set(write.job.keys).isdisjoint(keys):
-                write.stale = True
-                self._writing.difference_update(write.job.keys)
-
     def pump(self) -> None:
         """Start as many writes as the limits allow."""
         limits = self._state.limits
-        while self._backlog and self._in_flight < limits.offload_blocks_in_flight_max:
-            batch: list[SequenceHash] = []
-            while self._backlog and len(batch) < limits.job_blocks_max:
-                key = self._backlog.popitem(last=False)[0]
-                if key not in self._state.host:
-                    self._state.counters.evicted_unwritten_blocks += 1
-                elif self._retaining.offloads(key):
-                    batch.append(key)
-                else:  # somebody said so while it waited
-                    self._state.counters.kept_off_disk_blocks += 1
-            if batch:
-                self._start(batch)
+        for edge in self._edges:
+            if edge.tier.admission is Admission.ON_EVICT:
+                self._give_up_ahead(edge)
+            while edge.backlog and self._in_flight(edge) < limits.offload_blocks_in_flight_max:
+                here, away = self._next_batch(edge)
+                if here:
+                    self._start_from_host(edge, here)
+                if away and (refused := self._relaying.start(edge.tier, away)):
+                    edge.writing.difference_update(refused)
+                    edge.let_go(refused)
 
-    def finish(self, done: JobDone) -> list[SlotId] | None:
+    def finish(self, done: JobDone) -> tuple[LowerTier, list[SlotId]] | None:
         """Take the end of a job; None if it was not one of ours.
 
-        Returns the disk slots whose index lines must be blanked; they are quarantined.
+        Returns the tier and its slots whose index lines must be blanked; they are quarantined.
         """
+        arrived = self._relaying.finish(done)
+        if arrived is not None:
+            self._go_on(arrived)
+            return arrived.target, []
         write = self._writes.pop(done.transfer, None)
         if write is None:
             return None
-        state, disk, job = self._state, self._state.disk, write.job
-        assert disk is not None
-        write.host_pin.release()
+        edge, job = write.edge, write.job
+        write.end()
         if write.stale:
-            disk.quarantine_filling(job.targets)
-            return list(job.targets)
-        self._writing.difference_update(job.keys)
+            edge.let_go(job.keys)
+            edge.tier.pool.quarantine_filling(job.targets)
+            return edge.tier, list(job.targets)
+        edge.writing.difference_update(job.keys)
+        self._register(edge.tier, job, done)
+        edge.let_go(job.keys)
+        return edge.tier, []
+
+    # -- private -------------------------------------------------------------------------------
+
+    def _in_flight(self, edge: _Edge) -> int:
+        return sum(len(each.job.slots) for each in self._writes.values() if each.edge is edge)
+
+    def _wish(self, edge: _Edge, hashes: Sequence[SequenceHash]) -> None:
+        counters = self._state.counters
+        wanted = [key for key in hashes if key not in edge.tier and key not in edge.writing]
+        asked, offloads = len(wanted), self._retaining.offloads
+        wanted = [key for key in wanted if offloads(key)]
+        if edge is self._edges[0]:
+            counters.kept_in_host_blocks += asked - len(wanted)
+        room = max(self._state.limits.offload_backlog_blocks_max - len(edge.backlog), 0)
+        counters.throttled_write_blocks += max(len(wanted) - room, 0)
+        edge.backlog.update(dict.fromkeys(wanted[:room]))
+        if self._bypass and edge is self._edges[0]:
+            for key, slot in zip(wanted, self._state.host.scan(wanted[:room]), strict=False):
+                if slot is not None and key not in edge.kept:
+                    edge.kept[key] = self._state.host.pin([slot], used=False)
+
+    def _give_up_ahead(self, edge: _Edge) -> None:
+        """Choose the blocks above that leave next, and write those of them that are not below."""
+        pool = edge.above
+        wanted = max(int(self._state.limits.demote_share * pool.slots_total), 1)
+        room = self._state.limits.offload_backlog_blocks_max - len(edge.backlog)
+        count = min(wanted - pool.ready_to_go - len(edge.kept), room)
+        if count <= 0:
+            return
+        pins = pool.give_up_ahead(count)
+        keys = [key for pin in pins if (key := pool.hash_of(pin.slots[0])) is not None]
+        edge.let_go(keys)  # other slots, whose copies of these keys were cleared
+        edge.kept.update(zip(keys, pins, strict=True))
+        offloads = self._retaining.offloads
+        dirty = [key for key in keys if key not in edge.tier and key not in edge.writing]
+        kept = [key for key in dirty if not offloads(key)]
+        self._state.counters.kept_in_host_blocks += len(kept)
+        going = dict.fromkeys(key for key in dirty if key not in set(kept))
+        edge.backlog.update(going)
+        edge.let_go([key for key in keys if key not in going and key not in edge.writing])
+
+    def _next_batch(self, edge: _Edge) -> tuple[list[SequenceHash], list[SequenceHash]]:
+        """Take keys from the backlog: those that the host has, and those to be relayed."""
+        state, limit = self._state, self._state.limits.job_blocks_max
+        here: list[SequenceHash] = []
+        away: list[SequenceHash] = []
+        dropped: list[SequenceHash] = []
+        while edge.backlog and len(here) < limit and len(away) < limit:
+            key = edge.backlog.popitem(last=False)[0]
+            if key in edge.tier:
+                dropped.append(key)
+            elif not self._retaining.offloads(key):  # somebody said so while it waited
+                state.counters.kept_in_host_blocks += edge is self._edges[0]
+                dropped.append(key)
+            elif key in state.host:
+                here.append(key)
+            elif state.below(key) is not None:
+                away.append(key)
+            else:
+                state.counters.evicted_unwritten_blocks += 1
+                dropped.append(key)
+        edge.let_go(dropped)
+        edge.writing.update(here, away)
+        if edge.tier.admission is Admission.ON_EVICT:  # they came deepest first
+            return here[::-1], away[::-1]
+        return here, away
+
+    def _start_from_host(self, edge: _Edge, keys: list[SequenceHash]) -> None:
+        host = self._state.host
+        slots = [slot for slot in host.scan(keys) if slot is not None]
+        pin = host.pin(slots, used=False)
+        parents = [host.parent_of(slot) for slot in slots]
+        self._start(edge, _Going(keys, parents, slots, pin.release))
+
+    def _go_on(self, arrived: Arrived) -> None:
+        """Write what was relayed into the host's slots to where it was going."""
+        (edge,) = [each for each in self._edges if each.tier is arrived.target]
+        edge.writing.difference_update(arrived.lost)
+        edge.let_go(arrived.lost)
+        if not arrived.keys:
+            return
+        slots = arrived.slots
+        end = partial(self._state.host.abort, slots)
+        going = _Going(arrived.keys, arrived.parents, slots, end, arrived.source)
+        self._start(edge, going)
+
+    def _start(self, edge: _Edge, going: _Going) -> None:
+        state, tier, keys = self._state, edge.tier, going.keys
+        count = min(len(keys), tier.pool.available)
+        reservation = tier.pool.reserve(count, keys[:count]) if count else None
+        rest = keys[count:] if reservation else keys
+        state.counters.throttled_write_blocks += len(rest)
+        edge.writing.difference_update(rest)
+        if reservation is None:
+            going.end()
+        else:
+            state.evicted(reservation.evicted, tier.name)
+            slots = going.slots[:count]
+            job = WriteJob(
+                transfer=state.next_transfer(),
+                tier=tier.name,
+                slots=tuple(slots),
+                targets=tuple(reservation.slots),
+                keys=tuple(keys[:count]),
+                parents=tuple(going.parents[:count]),
+                checksums=tuple(state.host_seals[slot] for slot in slots),
+                written=tier.written + 1,
+            )
+            tier.written += count
+            self._writes[job.transfer] = _Write(job, edge, going.end, going.relayed_from)
+            state.outbox.append(job)
+        edge.let_go(rest)
+
+    def _register(self, tier: LowerTier, job: WriteJob, done: JobDone) -> None:
+        counters, pool = self._state.counters, tier.pool
         good = [index for index, ok in enumerate(done.ok) if ok]
         failed = [job.targets[index] for index, ok in enumerate(done.ok) if not ok]
-        disk.abort(failed)
-        state.counters.write_failed_blocks += len(failed)
-        state.counters.written_blocks += len(good)
+        pool.abort(failed)
+        counters.write_failed_blocks += len(failed)
+        counters.written_blocks += len(good)
         slots = [job.targets[index] for index in good]
         for index in good:
-            state.disk_seals[job.targets[index]] = job.checksums[index]
-        disk.stage(slots)
+            tier.seals[job.targets[index]] = job.checksums[index]
+        pool.stage(slots)
         keys = [job.keys[index] for index in good]
-        disk.register(slots, keys, [job.parents[index] for index in good])
-        self._retaining.apply(disk, keys)
-        return []
-
-    def _start(self, keys: list[SequenceHash]) -> None:
-        state, host, disk = self._state, self._state.host, self._state.disk
-        assert disk is not None
-        count = min(len(keys), disk.available)
-        reservation = disk.reserve(count, keys[:count]) if count else None
-        state.counters.throttled_write_blocks += len(keys) - (count if reservation else 0)
-        if reservation is None:
-            return
-        if reservation.evicted:
-            state.left(reservation.evicted, "evicted", Tier.DISK, state.policy)
-        del keys[count:]
-        slots = [slot for slot in host.scan(keys) if slot is not None]
-        job = WriteJob(
-            transfer=state.next_transfer(),
-            slots=tuple(slots),
-            targets=tuple(reservation.slots),
-            keys=tuple(keys),
-            parents=tuple(host.parent_of(slot) for slot in slots),
-            checksums=tuple(state.host_seals[slot] for slot in slots),
-            written=self.written + 1,
-        )
-        self.written += count
-        self._writes[job.transfer] = _Write(job, host.pin(slots, used=False))
-        self._writing.update(keys)
-        state.outbox.append(job)
+        pool.register(slots, keys, [job.parents[index] for index in good])
+        self._retaining.apply(tier.name, keys)
+        self.registered(tier.name, keys)

@@ -1,4 +1,4 @@
-"""Staging: bringing blocks from disk into the host for requests that wait for them.
+"""Staging: bringing blocks from lower tiers into the host for requests that wait for them.
 
 One read serves every request that wants the block. A read that outlives its deadline is given
 up: its host slots are quarantined until the backend says that it will write no more.
@@ -6,12 +6,12 @@ up: its host slots are quarantined until the backend says that it will write no 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvstrata.core.ids import Holder, SequenceHash, SlotId, TransferId
-from kvstrata.core.tier import Tier
-from kvstrata.manager.state import BrainState
+from kvstrata.core.tier import HOST, TierName
+from kvstrata.manager.state import BrainState, LowerTier
 from kvstrata.pool import Pin
 from kvstrata.transfer.base import EraseJob, JobDone, ReadJob
 
@@ -24,6 +24,8 @@ class Staged:
 
     hashes: list[SequenceHash]
     """Keys, now registered in the host."""
+    tier: TierName
+    """Where they came from."""
     waiters: set[Holder]
     """Who asked for them."""
 
@@ -31,7 +33,8 @@ class Staged:
 @dataclass(slots=True)
 class _Read:
     job: ReadJob
-    disk_pin: Pin
+    tier: LowerTier
+    source_pin: Pin
     deadline: float
     waiters: set[Holder] = field(default_factory=set)
     given_up: bool = False
@@ -39,18 +42,22 @@ class _Read:
 
 
 class Onboarding:
-    """Reads in flight from disk to host."""
+    """Reads in flight from lower tiers to the host."""
 
     def __init__(self, state: BrainState) -> None:
         self._state = state
         self._reads: dict[TransferId, _Read] = {}
         self._reading: dict[SequenceHash, TransferId] = {}
-        self._erasing: dict[TransferId, tuple[SlotId, ...]] = {}
+        self._erasing: dict[TransferId, EraseJob] = {}
 
     @property
     def in_flight(self) -> int:
         """Jobs given out and not ended."""
         return len(self._reads) + len(self._erasing)
+
+    def is_reading(self, key: SequenceHash) -> bool:
+        """Return whether `key` is being read."""
+        return key in self._reading
 
     def waiting_for(self, key: SequenceHash, holder: Holder) -> bool:
         """Return whether `key` is being read; if so `holder` is told when it arrives."""
@@ -67,39 +74,50 @@ class Onboarding:
     def stage(
         self, hashes: Sequence[SequenceHash], holder: Holder, deadline: float
     ) -> Sequence[SequenceHash]:
-        """Start reads for `hashes`, which are on disk, not in the host and not being read.
+        """Start reads for `hashes`, which lie below the host, not in it, and are not being read.
 
-        As many of them as the host has slots for, the first ones first; returns the others.
+        As many of them as the host has slots for, the first ones first; returns the others. Each is
+        read from the nearest tier that has it.
         """
-        state, disk = self._state, self._state.disk
-        assert disk is not None
-        sources = disk.scan(hashes)
+        state = self._state
         count = min(len(hashes), state.host.available)
         # Leaf-first eviction may refuse what `available` promises: take what it gives.
         reservation = state.host.reserve(count, hashes[:count]) if count else None
         while reservation is None and count > 1:
             count //= 2
             reservation = state.host.reserve(count, hashes[:count])
-        count = len(reservation.slots) if reservation else 0
         if reservation is None:
             return hashes
-        if reservation.evicted:
-            state.left(reservation.evicted, "evicted", Tier.HOST, state.policy)
-        step = state.limits.job_blocks_max
-        for first in range(0, count, step):
-            last = min(first + step, count)
-            found = [slot for slot in sources[first:last] if slot is not None]
-            assert len(found) == last - first, "a block to stage is not on disk"
-            job = ReadJob(
-                state.next_transfer(),
-                tuple(found),
-                tuple(reservation.slots[first:last]),
-                tuple(hashes[first:last]),
-            )
-            self._reads[job.transfer] = _Read(job, disk.pin(found), deadline, {holder})
+        state.evicted(reservation.evicted, HOST)
+        first = 0
+        for tier, keys in self.batches(hashes[:count]):
+            slots = reservation.slots[first : first + len(keys)]
+            first += len(keys)
+            found = tier.slots_of(keys)
+            job = ReadJob(state.next_transfer(), tier.name, tuple(found), tuple(slots), tuple(keys))
+            pin = tier.pool.pin(found)
+            self._reads[job.transfer] = _Read(job, tier, pin, deadline, {holder})
             self._reading.update(dict.fromkeys(job.keys, job.transfer))
             state.outbox.append(job)
         return hashes[count:]
+
+    def batches(
+        self, hashes: Sequence[SequenceHash]
+    ) -> Iterator[tuple[LowerTier, list[SequenceHash]]]:
+        """Yield runs of `hashes`, which lie below the host, that one job each can read."""
+        limit = self._state.limits.job_blocks_max
+        run: list[SequenceHash] = []
+        source: LowerTier | None = None
+        for key in hashes:
+            tier = self._state.below(key)
+            assert tier is not None, "a block to stage is nowhere"
+            if source is not None and (tier is not source or len(run) == limit):
+                yield source, run
+                run = []
+            source = tier
+            run.append(key)
+        if source is not None:
+            yield source, run
 
     def give_up_late(self, now: float) -> list[TransferId]:
         """Stop waiting for reads past their deadline; return their ids, to be cancelled."""
@@ -125,28 +143,54 @@ class Onboarding:
 
     def finish(self, done: JobDone) -> Staged | None:
         """Take the end of a job; None if it was not one of ours."""
-        if slots := self._erasing.pop(done.transfer, None):
-            assert self._state.disk is not None
-            self._state.disk.end_quarantine(slots)
-            return Staged([], set())
+        if erase := self._erasing.pop(done.transfer, None):
+            self._state.tier(erase.tier).pool.end_quarantine(erase.targets)
+            return Staged([], erase.tier, set())
         read = self._reads.pop(done.transfer, None)
         if read is None:
             return None
-        read.disk_pin.release()
+        read.source_pin.release()
         if read.given_up:
             self._state.host.end_quarantine(read.job.slots)
-            return Staged([], set())
+            return Staged([], read.tier.name, set())
         for key in read.job.keys:
             del self._reading[key]
-        return Staged(self._register(read, done), read.waiters)
+        return Staged(self._register(read, done), read.tier.name, read.waiters)
 
-    def erase(self, slots: Sequence[SlotId]) -> None:
-        """Blank the index lines of quarantined disk `slots`, then free them."""
+    def erase(self, tier: LowerTier, slots: Sequence[SlotId]) -> None:
+        """Blank the index lines of quarantined `slots` of `tier`, then free them."""
         step = self._state.limits.job_blocks_max * 64  # index lines are small
         for first in range(0, len(slots), step):
-            job = EraseJob(self._state.next_transfer(), tuple(slots[first : first + step]))
-            self._erasing[job.transfer] = job.targets
+            part = tuple(slots[first : first + step])
+            job = EraseJob(self._state.next_transfer(), tier.name, part)
+            self._erasing[job.transfer] = job
             self._state.outbox.append(job)
+
+    def withdraw(self, tier: LowerTier, keys: Sequence[SequenceHash], what: str) -> int:
+        """Make `keys` unfindable in `tier` for the reason `what`; return how many there were."""
+        there = [key for key in keys if key in tier.pool]
+        self._state.left(there, what, tier.name)
+        self.erase(tier, tier.pool.withdraw(there, quarantine=True))
+        return len(there)
+
+    def check(self, tier: LowerTier, job: ReadJob, done: JobDone, *, stale: bool) -> list[int]:
+        """Return which blocks of a read are whole and wanted; withdraw those that are damaged."""
+        pool, counters = tier.pool, self._state.counters
+        good: list[int] = []
+        corrupt: list[SequenceHash] = []
+        unread: list[SequenceHash] = []
+        for index, (source, key) in enumerate(zip(job.sources, job.keys, strict=True)):
+            if pool.hash_of(source) != key:
+                continue  # it left the tier meanwhile
+            if not done.ok[index]:
+                unread.append(key)
+            elif done.checksums[index] != tier.seals[source]:
+                corrupt.append(key)
+            elif not stale:
+                good.append(index)
+        counters.read_failed_blocks += self.withdraw(tier, unread, "read failed")
+        counters.corrupt_blocks += self.withdraw(tier, corrupt, "corrupt")
+        return good
 
     def _give_up(self, read: _Read) -> None:
         read.given_up = True
@@ -155,32 +199,14 @@ class Onboarding:
             del self._reading[key]
 
     def _register(self, read: _Read, done: JobDone) -> list[SequenceHash]:
-        state, host, disk = self._state, self._state.host, self._state.disk
-        assert disk is not None
-        good: list[SlotId] = []
-        keys: list[SequenceHash] = []
-        parents: list[SequenceHash | None] = []
-        bad: list[SequenceHash] = []
-        job = read.job
-        for index, (source, slot, key) in enumerate(
-            zip(job.sources, job.slots, job.keys, strict=True)
-        ):
-            arrived = done.ok[index]
-            whole = arrived and done.checksums[index] == state.disk_seals[source]
-            if not whole or read.stale or disk.hash_of(source) != key:
-                host.abort([slot])
-                if not whole and disk.hash_of(source) == key:
-                    bad.append(key)
-                    state.left([key], "corrupt" if arrived else "read failed", Tier.DISK)
-                    state.counters.corrupt_blocks += arrived
-                    state.counters.read_failed_blocks += not arrived
-                continue
-            good.append(slot)
-            keys.append(key)
-            parents.append(disk.parent_of(source))
-            state.host_seals[slot] = done.checksums[index]
-        host.stage(good)
-        host.register(good, keys, parents)
-        if bad:
-            self.erase(disk.withdraw(bad, quarantine=True))
+        state, host, job, pool = self._state, self._state.host, read.job, read.tier.pool
+        parents = [pool.parent_of(source) for source in job.sources]
+        good = self.check(read.tier, job, done, stale=read.stale)
+        host.abort([slot for place, slot in enumerate(job.slots) if place not in set(good)])
+        slots = [job.slots[index] for index in good]
+        keys = [job.keys[index] for index in good]
+        for index in good:
+            state.host_seals[job.slots[index]] = done.checksums[index]
+        host.stage(slots)
+        host.register(slots, keys, [parents[index] for index in good])
         return keys

@@ -17,8 +17,8 @@ from typing import Final
 
 from kvstrata.core.ids import SequenceHash, SlotId
 from kvstrata.core.retention import PRIORITY_DEFAULT, BlockHint
-from kvstrata.core.tier import Tier
-from kvstrata.manager.state import BrainState
+from kvstrata.core.tier import HOST, TierName
+from kvstrata.manager.state import BrainState, LowerTier
 from kvstrata.pool import Pool
 
 __all__ = ["Retaining"]
@@ -41,8 +41,10 @@ class _Term:
 class Retaining:
     """The terms of all blocks that somebody said something about."""
 
-    def __init__(self, state: BrainState, erase: Callable[[Sequence[SlotId]], None]) -> None:
-        """Keep none yet; `erase` takes quarantined disk slots whose index lines must be blanked."""
+    def __init__(
+        self, state: BrainState, erase: Callable[[LowerTier, Sequence[SlotId]], None]
+    ) -> None:
+        """Keep none yet; `erase` takes quarantined slots whose index lines must be blanked."""
         self._state, self._erase = state, erase
         self._terms: dict[SequenceHash, _Term] = {}
         self._dates: list[tuple[float, int, SequenceHash, _Term]] = []  # a heap
@@ -52,7 +54,7 @@ class Retaining:
         return len(self._terms)
 
     def offloads(self, key: SequenceHash) -> bool:
-        """Return whether `key` may be written to disk."""
+        """Return whether `key` may be written below the host."""
         term = self._terms.get(key)
         if term is not None:
             return term.offload
@@ -71,10 +73,9 @@ class Retaining:
         """
         if not hints and not self._terms:
             return
-        disk = self._state.disk or ()
         coming = set(new)
         for key in coming:
-            if key not in disk:
+            if self._state.below(key) is None:
                 self._terms.pop(key, None)
         asked: dict[SequenceHash, BlockHint] = {}
         for hint in hints:
@@ -83,12 +84,13 @@ class Retaining:
             self._enter(key, hint)
         self._raise_coming(hashes, coming)
         self._stop_offloads(parent, hashes)
-        for pool in self._pools():
-            self.apply(pool, asked)
+        for name, _ in self._state.pools():
+            self.apply(name, asked)
         self._tidy(hashes)
 
-    def apply(self, pool: Pool, keys: Iterable[SequenceHash]) -> None:
-        """Carry out the terms of those of `keys` that are in `pool`, root first."""
+    def apply(self, tier: TierName, keys: Iterable[SequenceHash]) -> None:
+        """Carry out the terms of those of `keys` that are in `tier`, root first."""
+        pool = self._state.host if tier == HOST else self._state.tier(tier).pool
         if not self._terms and not pool.ranked:
             return
         names = list(keys)
@@ -98,9 +100,9 @@ class Retaining:
             if slot is None:
                 continue
             term = self._terms.get(key) or _Term()
-            away = pool is self._state.disk and term.expires < inf
+            away = tier != HOST and term.expires < inf
             if away or term.expires <= self._state.now:
-                self._withdraw(pool, key, term)
+                self._withdraw(tier, key, term)
                 continue
             pool.rank([slot], term.priority)
             ranked.append((slot, term))
@@ -115,19 +117,19 @@ class Retaining:
             if self._terms.get(key) is not term:
                 continue
             if term.expires <= now:
-                for pool in self._pools():
-                    self._withdraw(pool, key, term)
+                for name, _ in self._state.pools():
+                    self._withdraw(name, key, term)
                 continue  # the term stays for a copy that is still on its way, until `agree`
             if term.until <= now:
                 term.priority, term.until = PRIORITY_DEFAULT, inf
-                for pool in self._pools():
-                    self.apply(pool, [key])
+                for name, _ in self._state.pools():
+                    self.apply(name, [key])
             self._note_date(key, term)
 
     # -- private -------------------------------------------------------------------------------
 
     def _pools(self) -> list[Pool]:
-        return [self._state.host, *([self._state.disk] if self._state.disk else [])]
+        return [pool for _, pool in self._state.pools()]
 
     def _enter(self, key: SequenceHash, hint: BlockHint) -> None:
         now = self._state.now
@@ -144,7 +146,7 @@ class Retaining:
             heapq.heappush(self._dates, (term.due, next(self._serial), key, term))
 
     def _stop_offloads(self, parent: SequenceHash | None, hashes: Sequence[SequenceHash]) -> None:
-        """Of a chain, the blocks from the first one on that is not worth it stay off the disk."""
+        """Of a chain, the blocks from the first one on that is not worth it stay in the host."""
         floor = self._state.limits.offload_priority_min
         stopped = parent is not None and not self.offloads(parent)
         for key in hashes:
@@ -188,17 +190,17 @@ class Retaining:
         self._note_date(key, term)
         return True
 
-    def _withdraw(self, pool: Pool, key: SequenceHash, term: _Term) -> None:
-        if key not in pool:
-            return
+    def _withdraw(self, tier: TierName, key: SequenceHash, term: _Term) -> None:
         state = self._state
-        on_disk = pool is state.disk
-        slots = pool.withdraw([key], quarantine=on_disk)
-        if on_disk:
-            self._erase(slots)
-        if term.expires <= state.now:
+        if tier == HOST:
+            gone = state.host.withdraw([key])
+        else:
+            lower = state.tier(tier)
+            gone = lower.pool.withdraw([key], quarantine=True)
+            self._erase(lower, gone)
+        if gone and term.expires <= state.now:
             state.counters.expired_blocks += 1
-            state.left([key], "time to live ended", Tier.DISK if on_disk else Tier.HOST)
+            state.left([key], "time to live ended", tier)
 
     def _tidy(self, coming: Sequence[SequenceHash]) -> None:
         """Forget the terms of blocks that are nowhere, once they are as many as there are slots."""

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId, TransferId
-from kvstrata.core.tier import Tier
+from kvstrata.core.tier import HOST
 from kvstrata.manager.state import BrainState
 from kvstrata.transfer.base import JobDone, SealJob
 
@@ -79,12 +79,12 @@ class Storing:
                 count //= 2
                 reservation = host.reserve(count, coming[:count])
         slots = reservation.slots if reservation else []
-        if reservation and reservation.evicted:
-            self._state.left(reservation.evicted, "evicted", Tier.HOST, self._state.policy)
+        if reservation:
+            self._state.evicted(reservation.evicted, HOST)
         throttled = len(wanted) - len(slots)
         if throttled:
             refused = [hashes[index] for index in wanted[len(slots) :]]
-            self._state.left(refused, "not stored, no slot free", Tier.HOST)
+            self._state.left(refused, "not stored, no slot free", HOST)
         self._state.counters.throttled_reserve_blocks += throttled
         del wanted[len(slots) :]
         for index, slot in zip(wanted, slots, strict=True):
@@ -188,7 +188,7 @@ class Storing:
         state.counters.seal_failed_blocks += len(failed)
         bad = [key for key, ok in zip(job.keys, done.ok, strict=True) if not ok]
         if bad:
-            state.left(bad, "seal failed", Tier.HOST)
+            state.left(bad, "seal failed", HOST)
         for index in good:
             state.host_seals[job.slots[index]] = done.checksums[index]
         slots = [job.slots[index] for index in good]

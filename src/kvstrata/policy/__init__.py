@@ -2,6 +2,7 @@
 
 from kvstrata.policy.auto import AutoPolicy
 from kvstrata.policy.base import EvictionPolicy
+from kvstrata.policy.frequency import UseCounts
 from kvstrata.policy.lru import LruPolicy
 from kvstrata.policy.ranked import RankedPolicy
 from kvstrata.policy.registry import make_policy, policy_names
@@ -11,6 +12,7 @@ __all__ = [
     "EvictionPolicy",
     "LruPolicy",
     "RankedPolicy",
+    "UseCounts",
     "make_policy",
     "policy_names",
 ]

@@ -3,10 +3,7 @@
 Owner: the brain's one thread; there is no lock. Hot calls take whole sequences and keep to dict,
 list and OrderedDict operations.
 
-Leaf-first: a block is never evicted while a resident block names it as parent. Blocks are given
-to the policy deepest first, so a chain ages from its end and the rule almost never has to
-intervene. Where it does (a parent colder than a child that came later), the parent is put back
-as the hottest slot: it is at least as useful as the child that needs it.
+Leaf-first, which leaves.py sees to: no block is evicted while a resident block names it as parent.
 """
 
 from __future__ import annotations
@@ -18,6 +15,8 @@ from typing import Protocol
 
 from kvstrata.core.ids import SequenceHash, SlotId
 from kvstrata.policy import EvictionPolicy, RankedPolicy
+from kvstrata.pool.ahead import Ahead
+from kvstrata.pool.leaves import PIECE, Leaves
 from kvstrata.pool.pins import Pin
 from kvstrata.pool.states import LEGAL_MOVES, SlotState
 
@@ -27,7 +26,6 @@ __all__ = ["Generations", "Pool", "PoolStatistics", "Reservation"]
 _FREE, _FILLING, _STAGED = int(SlotState.FREE), int(SlotState.FILLING), int(SlotState.STAGED)
 
 _REGISTERED, _QUARANTINED = int(SlotState.REGISTERED), int(SlotState.QUARANTINED)
-_PIECE = 256  # blocks that `match` tries to find at once
 
 
 class Generations(Protocol):
@@ -99,8 +97,8 @@ class Pool:
         self._parent: list[SequenceHash | None] = [None] * slots_total
         self._pins = [0] * slots_total
         self._slot_of: dict[SequenceHash, SlotId] = {}
-        self._children = [0] * slots_total  # resident blocks that name this slot's key as parent
-        self._orphans: dict[SequenceHash, int] = {}  # the same for parents that are not resident
+        self._leaves = Leaves(self._policy, self._slot_of, self._hash, self._parent)
+        self._ahead = Ahead(self._pins)
         self._evictions = 0
         self._duplicates = 0
         self._policy.bind(slots_total, self._hash)
@@ -119,7 +117,7 @@ class Pool:
                 return found
             # A chain that was stored at once lies in rising slots: comparing neighbours, which
             # are neighbours in memory, is several times cheaper than finding each.
-            piece = hashes[place : place + _PIECE]
+            piece = hashes[place : place + PIECE]
             last = first + len(piece) - 1
             if (
                 last < self.slots_total
@@ -163,7 +161,12 @@ class Pool:
     @property
     def available(self) -> int:
         """Slots that a reservation may hope for: free ones and idle ones."""
-        return len(self._free) + len(self._policy)
+        return len(self._free) + self._ahead.idle + len(self._policy)
+
+    @property
+    def ready_to_go(self) -> int:
+        """Slots that a reservation takes before it asks the policy: free, or given up ahead."""
+        return len(self._free) + self._ahead.idle
 
     # -- pinning -------------------------------------------------------------------------------
 
@@ -179,14 +182,26 @@ class Pool:
             if not pins[slot]:
                 idle.append(slot)
             pins[slot] += 1
+        if self._ahead:
+            idle = self._ahead.pinned(idle)
+            for slot in self._ahead.take_back(slots) if used else ():
+                self._leaves.add_parent_of(slot)
         self._policy.reclaim(idle)
         return Pin(slots, self._unpin if used else self._unpin_unused)
 
     def _unpin(self, slots: Sequence[SlotId]) -> None:
-        self._policy.admit(self._let_go(slots))
+        idle = self._let_go(slots)
+        if self._ahead:
+            back, lent = self._ahead.unpinned(idle)
+            idle = back + lent if back else lent
+        self._policy.admit(idle)
 
     def _unpin_unused(self, slots: Sequence[SlotId]) -> None:
-        self._policy.spare(self._let_go(slots))
+        idle = self._let_go(slots)
+        if self._ahead:
+            back, idle = self._ahead.unpinned(idle)
+            self._policy.admit(back)
+        self._policy.spare(idle)
 
     def _let_go(self, slots: Sequence[SlotId]) -> list[SlotId]:
         """Take one pin off each of `slots`; return those that are idle now, deepest first."""
@@ -221,7 +236,7 @@ class Pool:
         policy, pins = self._policy, self._pins
         changed = [slot for slot in slots if policy.priority_of(slot) != priority]
         assert all(self._state[slot] == _REGISTERED for slot in changed), "rank of no block"
-        idle = [slot for slot in changed if not pins[slot]]
+        idle = [slot for slot in changed if not pins[slot] and slot not in self._ahead]
         policy.reclaim(idle)
         policy.rank(changed, priority)
         policy.admit(idle)
@@ -286,7 +301,7 @@ class Pool:
             return list(slots)
         registered = []
         slot_of, state, hash_of, parent_of = self._slot_of, self._state, self._hash, self._parent
-        children, orphans = self._children, self._orphans
+        children, orphans = self._leaves.children, self._leaves.orphans
         last_key: SequenceHash | None = None
         last_slot: SlotId | None = None
         for slot, key, parent in zip(slots, hashes, parents, strict=True):
@@ -324,7 +339,7 @@ class Pool:
         count, slot_of = len(slots), self._slot_of
         if (
             count <= 1
-            or self._orphans
+            or self._leaves.orphans
             or list(slots) != list(range(slots[0], slots[0] + count))
             or list(parents[1:]) != list(hashes[:-1])
         ):
@@ -338,9 +353,9 @@ class Pool:
         self._move(slots, _STAGED, _REGISTERED)
         piece = slice(slots[0], slots[0] + count)
         self._hash[piece], self._parent[piece] = hashes, parents
-        self._children[piece] = [1] * (count - 1) + [0]
+        self._leaves.children[piece] = [1] * (count - 1) + [0]
         if parents[0] is not None:
-            self._add_child(parents[0])
+            self._leaves.add_child(parents[0])
         return True
 
     # -- giving up -----------------------------------------------------------------------------
@@ -355,6 +370,8 @@ class Pool:
         pins = self._pins
         self._policy.forget(slots)
         for slot in slots:
+            if self._ahead and self._ahead.remove(slot):
+                self._leaves.add_parent_of(slot)
             self._unregister(slot)
             self._move([slot], _REGISTERED, _QUARANTINED)
             if quarantine:
@@ -362,6 +379,22 @@ class Pool:
             elif not pins[slot]:
                 self._free_now([slot])
         return slots
+
+    def give_up_ahead(self, count: int) -> list[Pin]:
+        """Pin up to `count` idle blocks that would be evicted next, each by itself, leaves first.
+
+        They are the next ones whose slots are given out, once they are released; until then they
+        can be found, and being used brings them back (ahead.py).
+        """
+        chosen: list[SlotId] = []
+        count = min(count, len(self._policy))
+        while count and not chosen:
+            chosen = self._leaves.take(count, ()) or []
+            count //= 2
+        for slot in chosen:
+            self._pins[slot] += 1
+        self._ahead.give_up(chosen)
+        return [Pin([slot], self._unpin_unused) for slot in chosen]
 
     def quarantine_filling(self, slots: Sequence[SlotId]) -> None:
         """Hold back filling `slots` whose writer may still write, until `end_quarantine`."""
@@ -382,7 +415,7 @@ class Pool:
     def statistics(self) -> PoolStatistics:
         """Return one consistent snapshot."""
         counts = Counter(self._state)
-        idle = len(self._policy)
+        idle = len(self._policy) + self._ahead.idle
         return PoolStatistics(
             total=self.slots_total,
             free=len(self._free),
@@ -401,20 +434,24 @@ class Pool:
         assert len(self._free) == counts[_FREE] == len(set(self._free)), "free list"
         assert len(self._slot_of) == counts[_REGISTERED], "registry size"
         children: Counter[SequenceHash] = Counter()
-        counted = Counter(self._orphans)
+        counted = Counter(self._leaves.orphans)
         idle = 0
         for key, slot in self._slot_of.items():
             assert self._state[slot] == _REGISTERED, f"{slot=} is findable and not registered"
             assert self._hash[slot] == key, f"{slot=} is registered under another key"
             parent = self._parent[slot]
-            if parent is not None:
+            if parent is not None and slot not in self._ahead:
                 children[parent] += 1
-            counted[key] += self._children[slot]
+            counted[key] += self._leaves.children[slot]
             idle += not self._pins[slot]
         assert children == counted, "child counts"
-        assert self._orphans.keys().isdisjoint(self._slot_of), "orphans of a resident parent"
-        assert sum(self._children) == sum(counted.values()) - sum(self._orphans.values()), "leaves"
-        assert len(self._policy) == idle, f"policy holds {len(self._policy)}, {idle} are idle"
+        assert self._leaves.orphans.keys().isdisjoint(self._slot_of), "orphans of a resident parent"
+        assert sum(self._leaves.children) == sum(counted.values()) - sum(
+            self._leaves.orphans.values()
+        ), "leaves"
+        ahead = sum(not self._pins[slot] for slot in self._slot_of.values() if slot in self._ahead)
+        assert self._ahead.idle == ahead, "count of blocks given up"
+        assert len(self._policy) + ahead == idle, f"policy holds {len(self._policy)} of {idle} idle"
         for index, state in enumerate(self._state):
             held = self._pins[index] > 0
             legal = held if state == _QUARANTINED else (not held or state == _REGISTERED)
@@ -443,128 +480,38 @@ class Pool:
         assert key is not None, f"{slot=} has no key"
         del self._slot_of[key]
         self._hash[slot] = None
-        if left := self._children[slot]:
-            self._orphans[key] = left
-            self._children[slot] = 0
+        if left := self._leaves.children[slot]:
+            self._leaves.orphans[key] = left
+            self._leaves.children[slot] = 0
         parent = self._parent[slot]
         if parent is not None:
             self._parent[slot] = None
-            self._drop_child(parent)
-
-    def _add_child(self, parent: SequenceHash) -> None:
-        above = self._slot_of.get(parent)
-        if above is not None:
-            self._children[above] += 1
-        else:
-            self._orphans[parent] = self._orphans.get(parent, 0) + 1
-
-    def _drop_child(self, parent: SequenceHash) -> SlotId | None:
-        """Count a child less; returns the parent's slot if it is resident."""
-        above = self._slot_of.get(parent)
-        if above is not None:
-            self._children[above] -= 1
-        elif left := self._orphans.pop(parent) - 1:
-            self._orphans[parent] = left
-        return above
+            self._leaves.drop_child(parent)
 
     def _evict(self, count: int, coming: Sequence[SequenceHash]) -> list[SequenceHash] | None:
         """Free the slots of `count` idle leaves, coldest first, or change nothing."""
-        policy = self._policy
-        taken: list[SlotId] = []
-        chosen: list[SlotId] = []
-        parents: dict[SlotId, None] = {}  # victims that a resident block hangs on
-        while len(chosen) < count:
-            before = len(chosen)
-            # A parent that this batch bares must leave before a block of a higher priority does.
-            wanted = 1 if policy.ranked and parents else count - before
-            batch = policy.victims(wanted, coming) or policy.victims(len(policy))
-            if not batch:
-                break
-            taken += batch
-            self._choose(batch, chosen, parents)
-            if policy.ranked and parents:
-                above = [self._slot_of.get(self._parent[slot]) for slot in chosen[before:]]  # type: ignore[arg-type]
-                self._choose_bared(dict.fromkeys(above), count, chosen, parents)
-        if len(chosen) < count:  # nothing but parents is left
-            self._choose_bared(parents, count, chosen, parents)
-        if len(chosen) < count:
-            for slot in chosen:
-                parent = self._parent[slot]
-                if parent is not None:
-                    self._add_child(parent)
-            self._return_victims(taken)
+        leaves = self._leaves
+        ahead = self._first_ahead(count) if self._ahead else []
+        chosen = leaves.take(count - len(ahead), coming) if len(ahead) < count else []
+        if chosen is None:
             return None
-        policy.spare(parents)
-        return self._forget(chosen)
+        for slot in ahead:
+            self._ahead.remove(slot)
+        return self._forget(ahead + chosen)
 
-    def _choose(
-        self, batch: list[SlotId], chosen: list[SlotId], parents: dict[SlotId, None]
-    ) -> None:
-        """Sort victims into leaves, which are chosen, and slots that a resident block needs."""
-        for first in range(0, len(batch), _PIECE):
-            piece = batch[first : first + _PIECE]
-            if self._is_chain_end(piece):  # parents too, for their children leave before them
-                lowest = piece[-1]
-                self._children[lowest : lowest + len(piece)] = [0] * len(piece)
-                chosen += piece
-                parent = self._parent[lowest]
-                if parent is not None:
-                    self._drop_child(parent)
-            else:
-                self._choose_each(piece, chosen, parents)
+    def _first_ahead(self, count: int) -> list[SlotId]:
+        """Return up to `count` blocks that were given up and have no child.
 
-    def _is_chain_end(self, piece: list[SlotId]) -> bool:
-        """Return whether these are the end of one chain, deepest first, in neighbouring slots."""
-        count, lowest = len(piece), piece[-1]
-        last = lowest + count - 1
-        return (
-            piece[0] == last
-            and piece == list(range(last, lowest - 1, -1))
-            and self._children[lowest : last + 1] == [1] * (count - 1) + [0]
-            and self._parent[lowest + 1 : last + 1] == self._hash[lowest:last]
-        )
-
-    def _choose_each(
-        self, batch: list[SlotId], chosen: list[SlotId], parents: dict[SlotId, None]
-    ) -> None:
-        slot_of, children, parent_of = self._slot_of, self._children, self._parent
-        for slot in batch:
-            if children[slot]:
-                parents[slot] = None
-                continue
-            chosen.append(slot)
-            parent = parent_of[slot]
-            if parent is None:
-                continue
-            above = slot_of.get(parent)
-            if above is not None:  # as _drop_child does, without a call for each block
-                children[above] -= 1
-            else:
-                self._drop_child(parent)
-
-    def _choose_bared(
-        self,
-        among: Iterable[SlotId | None],
-        count: int,
-        chosen: list[SlotId],
-        parents: dict[SlotId, None],
-    ) -> None:
-        """Choose those of `parents`, from `among` them up, whose children have all been chosen."""
-        children = self._children
-        leaves = [slot for slot in among if slot in parents and not children[slot]]
-        while leaves and len(chosen) < count:
-            slot = leaves.pop()
-            del parents[slot]
-            chosen.append(slot)
-            parent = self._parent[slot]
-            if parent is not None:
-                above = self._drop_child(parent)
-                if above in parents and not self._children[above]:
-                    leaves.append(above)
-
-    def _return_victims(self, taken: list[SlotId]) -> None:
-        rest = self._policy.victims(len(self._policy))
-        self._policy.spare(taken + rest)  # the order of before: a refusal changes nothing
+        One that has got a child since is in use again, and goes back to the policy.
+        """
+        children, found = self._leaves.children, self._ahead.first(count)
+        while used := [slot for slot in found if children[slot]]:
+            for slot in used:  # which gives its own parent a child, too
+                self._ahead.remove(slot)
+                self._leaves.add_parent_of(slot)
+            self._policy.admit(used)
+            found = [slot for slot in found if slot in self._ahead]
+        return found
 
     def _forget(self, slots: list[SlotId]) -> list[SequenceHash]:
         """Free idle leaves that already left the policy and their parents' counts."""

@@ -37,8 +37,8 @@ class AdminClient:
         """Return counters and tier states."""
         return self._link.call(wire.Stats(), wire.StatsAnswer, self._timeout_s).stats
 
-    def clear(self, tiers: Sequence[str] = ("host", "disk")) -> int:
-        """Forget every block in `tiers`; return how many there were."""
+    def clear(self, tiers: Sequence[str] = ()) -> int:
+        """Forget every block in `tiers`, or in all of them; return how many there were."""
         return self._link.call(wire.Clear(list(tiers)), wire.Cleared, self._timeout_s).blocks
 
     def wait_idle(self, timeout_s: float) -> None:

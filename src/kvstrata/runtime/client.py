@@ -176,7 +176,7 @@ class Client:
     def lease(self, tokens: TokenIds, seconds: float) -> int:
         """Keep what the host has of `tokens` from eviction for a while; return how many tokens.
 
-        Blocks on disk are read into the host first. Fewer are kept where leases have their share
+        Blocks below the host are read into it first. Fewer are kept where leases have their share
         of the host tier. The same tokens again renew the lease; 0 seconds end it. A lease outlives
         the client, not the daemon, and ends when the host tier is cleared. Raises CallRefusedError
         for a time that is out of range.
@@ -198,8 +198,8 @@ class Client:
         self._attach()
         return self._session.call(wire.Stats(), wire.StatsAnswer).stats
 
-    def clear(self, tiers: Sequence[str] = ("host", "disk")) -> int:
-        """Forget every block of every client in `tiers`; return how many there were."""
+    def clear(self, tiers: Sequence[str] = ()) -> int:
+        """Forget every block of every client in `tiers`, or in all; return how many there were."""
         self._attach()
         return self._session.call(wire.Clear(list(tiers)), wire.Cleared).blocks
 
@@ -216,7 +216,7 @@ class Client:
         return self._session.call(wire.Forget(hashes[-1]), wire.Cleared).blocks
 
     def wait_idle(self, timeout_s: float = 30.0) -> None:
-        """Wait until what was put has been written to disk; CallTimeoutError if that is longer."""
+        """Wait until what was put is in the lower tiers too; CallTimeoutError after `timeout_s`."""
         self._attach()
         wait_until_idle(self.stats, timeout_s)
 

@@ -61,8 +61,9 @@ def check(config: NodeConfig) -> None:
     """
     make_policy(config.policy)
     check_host_size(config.host.capacity_bytes)
-    if config.disk and config.disk.directory:
-        check_directory(config.disk.directory)
+    for tier in config.lower.values():
+        if tier.directory:
+            check_directory(tier.directory)
 
 
 def serve(

@@ -56,7 +56,7 @@ __all__ = [
     "split_hashes",
 ]
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 """Raised whenever a message changes; client and daemon must agree."""
 
 MessageT = TypeVar("MessageT")
@@ -64,6 +64,8 @@ MessageT = TypeVar("MessageT")
 _Request: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 _Hashes: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=HASH_BYTES << 18)]
 _Hints: TypeAlias = Annotated[list[BlockHint], msgspec.Meta(max_length=HINTS_MAX)]
+_Window: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 30)]
+_Windows: TypeAlias = Annotated[tuple[_Window, ...], msgspec.Meta(min_length=1, max_length=64)]
 _Slots: TypeAlias = list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]]
 
 
@@ -111,7 +113,9 @@ class Lookup(_Message, frozen=True):
     request: _Request
     """The caller's name of the request."""
     hashes: _Hashes
-    """Keys of the prefix, root first, joined."""
+    """Keys of the prefix, root first, joined; one group of layers after the other."""
+    windows: _Windows = (0,)
+    """The window of each group in blocks, 0 for full attention."""
 
 
 class Acquire(_Message, frozen=True):
@@ -120,7 +124,9 @@ class Acquire(_Message, frozen=True):
     request: _Request
     """The caller's name of the request."""
     hashes: _Hashes
-    """Keys of the blocks, root first, joined."""
+    """Keys of the blocks, root first, joined; one group of layers after the other."""
+    windows: _Windows = (0,)
+    """The window of each group in blocks, 0 for full attention."""
 
 
 class Lease(_Message, frozen=True):
@@ -176,7 +182,7 @@ class Clear(_Message, frozen=True):
     """Forgets every block in some tiers."""
 
     tiers: list[str]
-    """Names of the tiers: `host`, `disk`."""
+    """Names of the tiers; empty for all."""
 
 
 class Forget(_Message, frozen=True):
@@ -212,8 +218,8 @@ class Found(_Message, frozen=True):
 
     ready: int
     """Leading blocks that are in the host and held."""
-    ready_from_disk: int
-    """How many of them were staged from disk for this request."""
+    staged: dict[str, int]
+    """How many of them were staged for this request, by the tier that they came from."""
     pending: int
     """Blocks being staged behind them."""
     until: float
@@ -225,12 +231,14 @@ class Found(_Message, frozen=True):
 class Acquired(_Message, frozen=True):
     """Answer to `Acquire`; the fields of `AcquireAnswer`."""
 
+    blocks: int
+    """Leading blocks that the slots serve."""
     slots: _Slots
-    """Host slots, root first."""
+    """Host slots, root first, of each group those that it needs."""
     generations: list[int]
     """Generation of each."""
-    from_disk: int
-    """How many were staged from disk for this request."""
+    staged: dict[str, int]
+    """How many were staged for this request, by the tier that they came from."""
 
 
 class Leased(_Message, frozen=True):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any
 
 from kvstrata.core.config import NodeConfig
-from kvstrata.core.tier import Tier
+from kvstrata.core.tier import HOST, TierName
 from kvstrata.layout import BlockLayout
-from kvstrata.manager import Manager
+from kvstrata.manager import LowerTier, Manager
 from kvstrata.policy import make_policy
 from kvstrata.pool import Pool
 from kvstrata.storage.arena import Arena
@@ -27,27 +28,38 @@ class Node:
     def __init__(self, config: NodeConfig, layout: BlockLayout, notify: Callable[[], None]) -> None:
         """Open the stores for `layout`; raises ConfigError and leaves nothing open."""
         self.layout = layout
-        self.slab: Slab | None = None
-        if config.disk and config.disk.directory:
-            self.slab = Slab.open(config.disk.directory, config.disk.capacity_bytes, layout)
-        try:
+        with contextlib.ExitStack() as opened:
+            self._slabs: dict[TierName, Slab] = {}
+            for name, tier in config.lower.items():
+                assert tier.directory is not None, "a disk tier without a directory"
+                slab = Slab.open(tier.directory, tier.capacity_bytes, layout)
+                self._slabs[name] = opened.enter_context(contextlib.closing(slab))
             self.arena = Arena.create(config.host.capacity_bytes, layout)
-        except BaseException:
-            if self.slab:
-                self.slab.close()
-            raise
+            opened.callback(self.arena.close)
+            self._policy = config.policy
+            self.manager = self._make_manager(config)
+            self._executor = Executor(
+                self.arena, self._slabs, layout.fingerprint, config.limits, notify=notify
+            )
+            opened.pop_all()
+        self._waiting: deque[Job] = deque()
+
+    def _make_manager(self, config: NodeConfig) -> Manager:
         policy = config.policy
         host = Pool(self.arena.grid.slots, make_policy(policy), self.arena.generations)
-        disk = Pool(self.slab.grid.slots, make_policy(policy)) if self.slab else None
-        self.manager = Manager(host, disk, config.limits, policy)
-        if self.slab:
-            self.manager.recover(self.slab.recover(), self.slab.floor)
-        self._policy = policy
-        self._pools = {"host": host} | ({"disk": disk} if disk else {})
-        self._executor = Executor(
-            self.arena, self.slab, layout.fingerprint, config.limits, notify=notify
-        )
-        self._waiting: deque[Job] = deque()
+        self._lower = [
+            LowerTier(
+                name,
+                Pool(self._slabs[name].grid.slots, make_policy(policy)),
+                tier.admission,
+            )
+            for name, tier in config.lower.items()
+        ]
+        self._host = host
+        manager = Manager(host, self._lower, config.limits, policy, bypass=config.host.bypass)
+        for name, slab in self._slabs.items():
+            manager.recover(slab.recover(), slab.floor, name)
+        return manager
 
     def work(self, now: float) -> None:
         """Take what has ended, decide, start what follows; never waits."""
@@ -59,11 +71,17 @@ class Node:
         while self._waiting and self._executor.try_submit(self._waiting[0]):
             self._waiting.popleft()
 
-    def clear(self, tiers: Collection[Tier]) -> int:
+    @property
+    def tier_names(self) -> list[TierName]:
+        """The tiers' names, the host first."""
+        return [HOST, *self._slabs]
+
+    def clear(self, tiers: Collection[TierName]) -> int:
         """Forget every block in `tiers`, for a restart too; return how many there were."""
         count = self.manager.clear(tiers)
-        if self.slab and Tier.DISK in tiers:
-            self.slab.forget_until(self.manager.written)
+        for name, slab in self._slabs.items():
+            if name in tiers:
+                slab.forget_until(self.manager.written(name))
         return count
 
     @property
@@ -73,7 +91,7 @@ class Node:
 
     @property
     def writing(self) -> int:
-        """Blocks that are being stored or written to disk; 0 once a stop loses nothing."""
+        """Blocks that are being stored or written below the host; 0 once a stop loses nothing."""
         return self.manager.storing
 
     def statistics(self) -> dict[str, Any]:
@@ -86,17 +104,24 @@ class Node:
             "holds": self.manager.holds,
             "leased_blocks": self.manager.leased,
             "counters": dataclasses.asdict(self.manager.counters)
-            | {"torn_index_entries": self.slab.torn_entries if self.slab else 0},
+            | {"torn_index_entries": sum(slab.torn_entries for slab in self._slabs.values())},
             "policy": self._policy,
             "would_have_hit": self.manager.gauges(),
-            "tiers": {
-                name: dataclasses.asdict(pool.statistics()) for name, pool in self._pools.items()
+            "tiers": {HOST: self._host_statistics()}
+            | {
+                tier.name: dataclasses.asdict(tier.pool.statistics())
+                | {"hit_blocks": tier.hit_blocks, "admission": tier.admission.value}
+                for tier in self._lower
             },
         }
 
+    def _host_statistics(self) -> dict[str, Any]:
+        hits = self.manager.counters.hit_blocks_host
+        return dataclasses.asdict(self._host.statistics()) | {"hit_blocks": hits}
+
     def close(self) -> None:
-        """Stop moving bytes and give everything back; what was written stays on disk."""
+        """Stop moving bytes and give everything back; what was written stays."""
         self._executor.close()
         self.arena.close()
-        if self.slab:
-            self.slab.close()
+        for slab in self._slabs.values():
+            slab.close()

@@ -12,7 +12,7 @@ from kvstrata.core.errors import ConfigError
 __all__ = ["SECRET_NAME", "load_secret"]
 
 SECRET_NAME: Final = "secret"  # noqa: S105  # a file's name
-"""Name of the file beside the disk tier's blocks."""
+"""Name of the file beside the first disk tier's blocks."""
 _SECRET_BYTES: Final = 32
 
 
@@ -24,9 +24,10 @@ def load_secret(config: NodeConfig) -> bytes:
     """
     if config.secret_file is not None:
         return _read(Path(config.secret_file), "secret_file")
-    if config.disk is None or config.disk.directory is None:
+    directory = next((tier.directory for tier in config.tiers if tier.directory), None)
+    if directory is None:
         return os.urandom(_SECRET_BYTES)
-    path = Path(config.disk.directory).expanduser() / SECRET_NAME
+    path = Path(directory).expanduser() / SECRET_NAME
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -40,7 +41,7 @@ def load_secret(config: NodeConfig) -> bytes:
         return _read(path, "tiers.disk")
     except OSError as error:
         raise ConfigError(
-            f"tiers.disk: directory {config.disk.directory!r} cannot be written ({error.strerror})",
+            f"tiers.disk: directory {directory!r} cannot be written ({error.strerror})",
             hint="choose a directory that this user may write to",
         ) from error
     return _read(path, "tiers.disk")

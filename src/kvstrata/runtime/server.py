@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
-from kvstrata.core.config import NodeConfig
+from kvstrata.core.config import NodeConfig, tier_names
 from kvstrata.core.errors import CallRefusedError, ConfigError, KvstrataError
 from kvstrata.core.ids import HASH_BYTES, Holder, SequenceHash, SessionId, SlotId
-from kvstrata.core.tier import Tier
 from kvstrata.manager import Manager
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.addresses import check_address, socket_path
@@ -128,14 +127,14 @@ class NodeServer:
     # -- the loop ------------------------------------------------------------------------------
 
     def _write_out(self, node: Node) -> None:
-        """Let what was on its way to disk arrive, for a bounded time: an orderly end keeps it."""
+        """Let what was on its way down arrive, for a bounded time: an orderly end keeps it."""
         until = time.monotonic() + self._config.limits.drain_timeout_s
         while node.writing and (now := time.monotonic()) < until:
             if select.select([self._wake], [], [], _BUSY_WAIT_MS / 1000)[0]:
                 os.read(self._wake, 65536)
             node.work(now)
         if node.writing:
-            log.warning("stopped before %d blocks were written to disk", node.writing)
+            log.warning("stopped before %d blocks were written below the host", node.writing)
 
     def _wait(self) -> None:
         poller = zmq.Poller()
@@ -222,17 +221,15 @@ class NodeServer:
         manager = self._node.manager
         match call:
             case wire.Lookup():
-                found = manager.lookup(
-                    Holder(session, call.request), wire.split_hashes(call.hashes), now
-                )
-                return wire.Found(
-                    found.ready, found.ready_from_disk, found.pending, found.until, found.why
-                )
+                holder, hashes = Holder(session, call.request), wire.split_hashes(call.hashes)
+                found = manager.lookup(holder, hashes, now, call.windows)
+                staged: dict[str, int] = dict(found.staged.items())
+                return wire.Found(found.ready, staged, found.pending, found.until, found.why)
             case wire.Acquire():
-                got = manager.acquire(
-                    Holder(session, call.request), wire.split_hashes(call.hashes), now
-                )
-                return wire.Acquired(list(got.slots), got.generations, got.from_disk)
+                holder, hashes = Holder(session, call.request), wire.split_hashes(call.hashes)
+                got = manager.acquire(holder, hashes, now, call.windows)
+                staged = dict(got.staged.items())
+                return wire.Acquired(got.blocks, list(got.slots), got.generations, staged)
             case wire.Reserve():
                 if len(call.parent) not in (0, HASH_BYTES):
                     raise CallRefusedError(f"parent: {len(call.parent)} bytes are not one hash")
@@ -322,17 +319,23 @@ class NodeServer:
         return wire.Done()
 
     def _clear(self, names: list[str]) -> int:
-        unknown = [name for name in names if name not in {tier.value for tier in Tier}]
+        known = tier_names(self._config.tiers)
+        unknown = [name for name in names if name not in known]
         if unknown:
-            raise ConfigError(f"tiers: unknown tier {unknown[0]!r}", hint="use host or disk")
+            raise ConfigError(
+                f"tiers: unknown tier {unknown[0]!r}", hint=f"this daemon has {', '.join(known)}"
+            )
+        wanted = [name for name in known if not names or name in names]
         if self._node is None:
-            if self._config.disk and Tier.DISK.value in names:
+            below = [name for name in wanted if name in self._config.lower]
+            if below:
+                where = self._config.lower[below[0]].directory
                 raise CallRefusedError(
-                    "tiers: no client has said which layout the disk holds; connect one first, "
-                    f"or delete the slab in {self._config.disk.directory!r} with the daemon stopped"
+                    f"tiers: no client has said which layout {below[0]} holds; connect one first, "
+                    f"or delete the slab in {where!r} with the daemon stopped"
                 )
             return 0
-        return self._node.clear({Tier(name) for name in names})
+        return self._node.clear(wanted)
 
     def _statistics(self) -> dict[str, object]:
         return {

@@ -145,13 +145,19 @@ class Session:
 
     # -- calls ---------------------------------------------------------------------------------
 
-    def lookup(self, request: str, hashes: Sequence[SequenceHash]) -> wire.Found:
+    def lookup(
+        self, request: str, hashes: Sequence[SequenceHash], windows: Sequence[int] = (0,)
+    ) -> wire.Found:
         """See `Manager.lookup`."""
-        return self.call(wire.Lookup(request, wire.join_hashes(hashes)), wire.Found)
+        message = wire.Lookup(request, wire.join_hashes(hashes), tuple(windows))
+        return self.call(message, wire.Found)
 
-    def acquire(self, request: str, hashes: Sequence[SequenceHash]) -> wire.Acquired:
+    def acquire(
+        self, request: str, hashes: Sequence[SequenceHash], windows: Sequence[int] = (0,)
+    ) -> wire.Acquired:
         """See `Manager.acquire`."""
-        return self.call(wire.Acquire(request, wire.join_hashes(hashes)), wire.Acquired)
+        message = wire.Acquire(request, wire.join_hashes(hashes), tuple(windows))
+        return self.call(message, wire.Acquired)
 
     def release(self, requests: Sequence[str]) -> None:
         """See `Manager.release`."""

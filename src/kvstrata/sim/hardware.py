@@ -44,6 +44,12 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Host memory: its speed is that of the copy to the device."""
     disk: TierSpeed
     """Disk: its speed is that of reading into host memory."""
+    tiers: dict[str, TierSpeed] = {}
+    """The same for lower tiers by name, such as `disk2`; those not named are like `disk`."""
+
+    def speed(self, tier: str) -> TierSpeed:
+        """Return the speed of a tier below the host."""
+        return self.tiers.get(tier, self.disk)
 
     def block_bytes(self, block_tokens: int) -> int:
         """Return the bytes of one block."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvstrata.core.errors import ConfigError
+from kvstrata.core.tier import DISK
 from kvstrata.sim.hardware import Hardware, TierSpeed
-from kvstrata.sim.replay import ReplayReport
+from kvstrata.sim.replay import LowerSlots, ReplayReport
 from kvstrata.sim.sweep import Load
 
 __all__ = ["HOST_FRACTIONS", "Candidate", "best", "candidates", "plan"]
@@ -73,7 +74,8 @@ def plan(
     """Yield every candidate with every policy, replayed."""
     for candidate in candidates(load, hardware, budget):
         for policy in policies:
-            yield candidate, load.replay(policy, candidate.slots, hardware, progress)
+            lower = [LowerSlots(DISK, candidate.slots[1])] if candidate.slots[1] else []
+            yield candidate, load.replay(policy, candidate.slots[0], lower, hardware, progress)
 
 
 def best(

@@ -17,7 +17,8 @@ import numpy as np
 
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId
-from kvstrata.manager import Manager
+from kvstrata.core.tier import HOST, Admission, TierName
+from kvstrata.manager import LowerTier, Manager
 from kvstrata.policy import EvictionPolicy, make_policy
 from kvstrata.pool import Pool
 from kvstrata.sim.belady import NEVER, BeladyPolicy
@@ -25,7 +26,7 @@ from kvstrata.sim.hardware import Hardware
 from kvstrata.sim.traces.model import TraceRequest
 from kvstrata.transfer.base import EraseJob, Job, JobDone, ReadJob, WriteJob
 
-__all__ = ["BELADY", "Replay", "ReplayReport", "next_uses"]
+__all__ = ["BELADY", "LowerSlots", "Replay", "ReplayReport", "next_uses"]
 
 BELADY = "belady"
 """The policy that only a replay can have: it knows the future."""
@@ -35,6 +36,18 @@ _LIMITS = Limits(
     offload_blocks_in_flight_max=1 << 20,
     offload_backlog_blocks_max=1 << 20,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class LowerSlots:
+    """A tier below the host, as a replay needs it."""
+
+    name: TierName
+    """What it is called."""
+    slots: int
+    """Blocks that it holds."""
+    admission: Admission = Admission.WRITE_THROUGH
+    """Which blocks of the tier above enter it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +91,14 @@ class _Clock:
     def __post_init__(self) -> None:
         self.free_s = [0.0] * self.hardware.engines  # a heap: the engine that is free first
 
-    def serve(self, request: TraceRequest, hit: int, from_disk: int, block_tokens: int) -> None:
+    def serve(
+        self, request: TraceRequest, hit: int, staged: Mapping[TierName, int], block_tokens: int
+    ) -> None:
         hardware = self.hardware
         ready = request.arrival_s
-        if from_disk:
-            size = from_disk * self.block_bytes
-            ready += hardware.disk.latency_s + size / hardware.disk.read_bytes_per_s
+        for tier, blocks in staged.items():
+            speed = hardware.speed(tier)
+            ready += speed.latency_s + blocks * self.block_bytes / speed.read_bytes_per_s
         busy = 0.0
         if hit:
             size = hit * self.block_bytes
@@ -109,17 +124,20 @@ class Replay:
         self,
         policy: str,
         host_slots: int,
-        disk_slots: int,
+        lower: Sequence[LowerSlots],
         hardware: Hardware,
         block_tokens: int,
     ) -> None:
-        """Make empty tiers; `disk_slots` 0 for none. Raises ConfigError for an unknown policy."""
+        """Make empty tiers, `lower` nearest first. Raises ConfigError for an unknown policy."""
         self._policy = policy
         self._next_use: dict[SequenceHash | None, int] = {}
         self._block_tokens = block_tokens
         self._host = Pool(host_slots, self._make_policy())
-        self._disk = Pool(disk_slots, self._make_policy()) if disk_slots else None
-        self._manager = Manager(self._host, self._disk, _LIMITS)
+        self._lower = [
+            LowerTier(tier.name, Pool(tier.slots, self._make_policy()), tier.admission)
+            for tier in lower
+        ]
+        self._manager = Manager(self._host, self._lower, _LIMITS)
         self._clock = _Clock(hardware, hardware.block_bytes(block_tokens))
         self._requests = self._blocks = 0
         self._moved: Counter[str] = Counter()
@@ -132,20 +150,21 @@ class Replay:
     def report(self) -> ReplayReport:
         """Return what happened so far."""
         counters = self._manager.counters
-        pools = {"host": self._host} | ({"disk": self._disk} if self._disk else {})
+        pools = {HOST: self._host} | {tier.name: tier.pool for tier in self._lower}
         size = self._clock.block_bytes
-        hits = {"host": counters.hit_blocks_host, "disk": counters.hit_blocks_disk}
+        hits = {HOST: counters.hit_blocks_host} | {t.name: t.hit_blocks for t in self._lower}
         return ReplayReport(
             policy=self._policy,
-            slots={name: pool.slots_total for name, pool in pools.items()},
+            slots={str(name): pool.slots_total for name, pool in pools.items()},
             requests=self._requests,
             blocks=self._blocks,
-            hit_blocks={name: hits[name] for name in pools},
-            evictions={name: pool.statistics().evictions for name, pool in pools.items()},
+            hit_blocks={str(name): hits[name] for name in pools},
+            evictions={str(name): pool.statistics().evictions for name, pool in pools.items()},
             moved_bytes={way: blocks * size for way, blocks in sorted(self._moved.items())},
             dropped_blocks=counters.throttled_reserve_blocks
             + counters.throttled_stage_blocks
             + counters.throttled_write_blocks
+            + counters.throttled_relay_blocks
             + counters.evicted_unwritten_blocks,
             ttft_s=self._clock.summary(),
         )
@@ -172,7 +191,7 @@ class Replay:
         manager.release(holder)
         self._moved["host to engine"] += hit
         self._moved["engine to host"] += len(room.slots)
-        self._clock.serve(request, hit, held.from_disk, self._block_tokens)
+        self._clock.serve(request, hit, held.staged, self._block_tokens)
         self._requests += 1
         self._blocks += len(blocks)
 
@@ -187,9 +206,9 @@ class Replay:
             return JobDone(job.transfer, (True,) * len(job.targets))
         count = len(job.slots)
         if isinstance(job, ReadJob):
-            self._moved["disk to host"] += count
+            self._moved[f"{job.tier} to host"] += count
         elif isinstance(job, WriteJob):
-            self._moved["host to disk"] += count
+            self._moved[f"host to {job.tier}"] += count
         return JobDone(job.transfer, (True,) * count, (b"",) * count)
 
 

@@ -10,9 +10,10 @@ from typing import Final
 from kvstrata.core.config import parse_bytes
 from kvstrata.core.errors import ConfigError
 from kvstrata.core.ids import SequenceHash
+from kvstrata.core.tier import Admission, TierKind, TierName
 from kvstrata.policy import policy_names
 from kvstrata.sim.hardware import Hardware
-from kvstrata.sim.replay import BELADY, Replay, ReplayReport, next_uses
+from kvstrata.sim.replay import BELADY, LowerSlots, Replay, ReplayReport, next_uses
 from kvstrata.sim.traces import Trace, TraceError, TraceRequest
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Cell",
     "Extent",
     "Load",
+    "LowerExtent",
     "check_policies",
     "parse_capacities",
     "parse_extents",
@@ -53,6 +55,18 @@ class Extent:
             return f"{self.size_bytes / 2**30:.4g} GiB"
         assert self.fraction is not None
         return f"{100 * self.fraction:g}%"
+
+
+@dataclass(frozen=True, slots=True)
+class LowerExtent:
+    """A tier below the host as it was asked for."""
+
+    name: TierName
+    """What it is called."""
+    extent: Extent
+    """Its size."""
+    admission: Admission
+    """Which blocks of the tier above enter it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +128,13 @@ class Load:
     def replay(
         self,
         policy: str,
-        slots: tuple[int, int],
+        host_slots: int,
+        lower: Sequence[LowerSlots],
         hardware: Hardware,
         progress: Callable[[int], None] | None = None,
     ) -> ReplayReport:
-        """Return what `policy` does with (host, disk) slots."""
-        replay = Replay(policy, slots[0], slots[1], hardware, self.block_tokens)
+        """Return what `policy` does with tiers of these sizes."""
+        replay = Replay(policy, host_slots, lower, hardware, self.block_tokens)
         requests: Iterable[TraceRequest] = self
         if progress:
             requests = _told(self, progress)
@@ -131,7 +146,7 @@ def sweep(
     load: Load,
     policies: Sequence[str],
     hosts: Sequence[Extent],
-    disk: Extent | None,
+    below: Sequence[LowerExtent],
     hardware: Hardware,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Cell]:
@@ -141,10 +156,13 @@ def sweep(
     """
     block_bytes = hardware.block_bytes(load.block_tokens)
     sizes = [(host, _slots("host", host, load, block_bytes)) for host in hosts]
-    disk_slots = _slots("disk", disk, load, block_bytes) if disk else 0
+    lower = [
+        LowerSlots(each.name, _slots(each.name, each.extent, load, block_bytes), each.admission)
+        for each in below
+    ]
     for policy in policies:
         for host, slots in sizes:
-            report = load.replay(policy, (slots, disk_slots), hardware, progress)
+            report = load.replay(policy, slots, lower, hardware, progress)
             fraction = slots / load.unique if host.fraction is None else host.fraction
             yield Cell(fraction, host, report)
 
@@ -168,22 +186,38 @@ def parse_capacities(text: str) -> list[Extent]:
     return found
 
 
-def parse_extents(text: str) -> tuple[Extent | None, Extent | None]:
-    """Return (host, disk) of `host`, `host:2GiB` or `host:5%,disk:50%`; None where not said."""
-    names: dict[str, Extent | None] = {}
-    for part in text.split(","):
-        name, _, size = part.strip().partition(":")
-        if name not in {"host", "disk"} or name in names:
+def parse_extents(text: str) -> tuple[Extent | None, list[LowerExtent]]:
+    """Return the host's size and the tiers below it, of `host:5%,disk:50%:on-evict,disk:2TiB`.
+
+    The host's is None where not said. Raises ConfigError that names the field.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    name, _, size = parts[0].partition(":") if parts else ("", "", "")
+    if name != TierKind.HOST.value:
+        raise ConfigError(
+            "tiers: the first tier is not the host", hint="write host, or host:2GiB,disk:20GiB"
+        )
+    host = _extent(size, "tiers.host") if size else None
+    below: list[LowerExtent] = []
+    for part in parts[1:]:
+        name, _, size = part.partition(":")
+        if name != TierKind.DISK.value:
             raise ConfigError(
-                f"tiers: {part.strip()!r} is not a tier, or is one twice",
+                f"tiers: {part!r} is not a tier below the host",
                 hint="write host, host:2GiB, or host:5%,disk:50%; no directory is needed here",
             )
-        names[name] = _extent(size, f"tiers.{name}") if size else None
-    if "host" not in names:
-        raise ConfigError("tiers: there is no host tier", hint="write host:2GiB,disk:20GiB")
-    if "disk" in names and names["disk"] is None:
-        raise ConfigError("tiers.disk: no size", hint="write disk:20GiB or disk:50%")
-    return names["host"], names.get("disk")
+        size, _, admission = size.partition(":")
+        if admission not in {"", *(each.value for each in Admission)}:
+            raise ConfigError(
+                f"tiers.disk: {admission!r} is not a way to admit blocks",
+                hint=f"known ways: {', '.join(each.value for each in Admission)}",
+            )
+        if not size:
+            raise ConfigError("tiers.disk: no size", hint="write disk:20GiB or disk:50%")
+        label = TierName(f"{name}{len(below) + 1 if below else ''}")
+        admitted = Admission(admission) if admission else Admission.WRITE_THROUGH
+        below.append(LowerExtent(label, _extent(size, f"tiers.{label}"), admitted))
+    return host, below
 
 
 def _extent(text: str, field: str) -> Extent:

@@ -8,17 +8,17 @@ before it may cross.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvstrata.core.ids import Holder, SequenceHash, SlotId, TransferId
-from kvstrata.core.tier import Tier
+from kvstrata.core.tier import HOST, TierName
 from kvstrata.pool import Pool
 from kvstrata.storage.base import StoredBlock
 from kvstrata.transfer.base import EraseJob, Job, JobDone, ReadJob, SealJob, WriteJob
 
-__all__ = ["GARBAGE", "Content", "Flight", "Ledger", "Line", "Luck", "Mover", "seal_of"]
+__all__ = ["GARBAGE", "Content", "Disk", "Flight", "Ledger", "Line", "Luck", "Mover", "seal_of"]
 
 
 class Content(NamedTuple):
@@ -83,23 +83,47 @@ class _Reading:
 
 
 @dataclass(slots=True)
+class Disk:
+    """Bytes and index of one tier below the host."""
+
+    blocks: list[Content]
+    """What each slot holds."""
+    lines: list[Line | None]
+    """The index line of each slot."""
+    floor: int = 0
+    """Write counter up to which blocks were cleared."""
+
+    @classmethod
+    def empty(cls, slots: int) -> Disk:
+        """Return a disk of `slots` that holds nothing."""
+        return cls([GARBAGE] * slots, [None] * slots)
+
+    def recoverable(self) -> list[StoredBlock]:
+        """Return what the index says as a store does: newest line of a key, oldest first."""
+        found: dict[SequenceHash, StoredBlock] = {}
+        for line in self.lines:
+            if line is None or line.block.written <= self.floor:
+                continue
+            rival = found.get(line.block.key)
+            if rival is None or rival.written < line.block.written:
+                found[line.block.key] = line.block
+        return sorted(found.values(), key=lambda block: block.written)
+
+
+@dataclass(slots=True)
 class Ledger:
-    """Bytes of both tiers, the disk's index, and who reads what."""
+    """Bytes of all tiers, the indices of those below the host, and who reads what."""
 
     host: list[Content]
     """What each host slot holds."""
-    disk: list[Content]
-    """What each disk slot holds."""
-    lines: list[Line | None]
-    """The index line of each disk slot."""
-    floor: int = 0
-    """Write counter up to which blocks on disk were cleared."""
+    disks: dict[TierName, Disk]
+    """What the tiers below it hold, by name."""
     tick: int = 0
     """The last event's number."""
     births: dict[TransferId, int] = field(default_factory=dict)
     """When each job was decided."""
     _since: dict[int, int] = field(default_factory=dict)
-    _cleared: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
+    _cleared: dict[TierName, int] = field(default_factory=dict)
     _cleared_all: int = 0
     _forgotten: dict[SequenceHash, int] = field(default_factory=dict)
     _reading: dict[Holder, dict[SlotId, _Reading]] = field(default_factory=dict)
@@ -129,11 +153,11 @@ class Ledger:
         self._forgotten.clear()  # their index lines may not have been blanked
         self.births.clear()
 
-    def cleared(self, tiers: Iterable[Tier]) -> None:
+    def cleared(self, tiers: Collection[TierName]) -> None:
         """Note a clear: nothing stored before it may be found after it."""
         tick = self.next_tick()
         self._cleared |= dict.fromkeys(tiers, tick)
-        if set(tiers) == set(Tier):
+        if set(tiers) == {HOST, *self.disks}:
             self._cleared_all = tick
 
     def forgotten(self, keys: Iterable[SequenceHash]) -> None:
@@ -171,10 +195,9 @@ class Ledger:
 
     # -- laws ----------------------------------------------------------------------------------
 
-    def check(self, host: Pool, disk: Pool) -> None:
+    def check(self, host: Pool, lower: Mapping[TierName, Pool]) -> None:
         """Assert everything that must hold between any two calls."""
         host.check()
-        disk.check()
         for slots in self._reading.values():
             for slot, reading in slots.items():
                 assert host.generations[slot] == reading.generation, f"{slot=} was given out"
@@ -186,25 +209,19 @@ class Ledger:
             assert content.damage == 0, f"{slot=} is findable and damaged"
             assert content.tick > self._cleared_all, f"{slot=} crossed a clear"
             assert content.tick > self._forgotten.get(key, 0), f"{slot=} was forgotten"
-            assert self._since[slot] > self._cleared[Tier.HOST], f"{slot=} crossed a host clear"
-        keys = disk.resident()
-        for key, slot in zip(keys, disk.match(keys), strict=True):
-            line = self.lines[slot]
-            assert line is not None, f"disk {slot=} is findable without a line"
-            assert line.block.key == key, f"disk {slot=} has another block's line"
-            assert line.tick > self._cleared[Tier.DISK], f"disk {slot=} crossed a clear"
-            assert line.tick > self._forgotten.get(key, 0), f"disk {slot=} was forgotten"
+            assert self._since[slot] > self._cleared.get(HOST, 0), f"{slot=} crossed a host clear"
+        for name, pool in lower.items():
+            pool.check()
+            self._check_disk(name, pool)
 
-    def recoverable(self) -> list[StoredBlock]:
-        """Return what the index says, the way a store does: newest line of a key, oldest first."""
-        found: dict[SequenceHash, StoredBlock] = {}
-        for line in self.lines:
-            if line is None or line.block.written <= self.floor:
-                continue
-            rival = found.get(line.block.key)
-            if rival is None or rival.written < line.block.written:
-                found[line.block.key] = line.block
-        return sorted(found.values(), key=lambda block: block.written)
+    def _check_disk(self, name: TierName, pool: Pool) -> None:
+        keys = pool.resident()
+        for key, slot in zip(keys, pool.match(keys), strict=True):
+            line = self.disks[name].lines[slot]
+            assert line is not None, f"{name} {slot=} is findable without a line"
+            assert line.block.key == key, f"{name} {slot=} has another block's line"
+            assert line.tick > self._cleared.get(name, 0), f"{name} {slot=} crossed a clear"
+            assert line.tick > self._forgotten.get(key, 0), f"{name} {slot=} was forgotten"
 
 
 @dataclass(slots=True)
@@ -248,7 +265,9 @@ class Mover:
     def _move(self, flight: Flight, odds: list[float]) -> JobDone:
         job = flight.job
         if isinstance(job, EraseJob):
-            return JobDone(job.transfer, tuple(self._erase(slot, odds) for slot in job.targets))
+            lines = self._ledger.disks[job.tier].lines
+            erased = tuple(self._erase(lines, slot, odds) for slot in job.targets)
+            return JobDone(job.transfer, erased)
         places = range(len(job.slots))
         match job:
             case SealJob():
@@ -266,7 +285,8 @@ class Mover:
         return JobDone(job.transfer, tuple(ok), seals)
 
     def _read(self, job: ReadJob, place: int) -> bool:
-        content, tick = self._ledger.disk[job.sources[place]], self._ledger.births[job.transfer]
+        content = self._ledger.disks[job.tier].blocks[job.sources[place]]
+        tick = self._ledger.births[job.transfer]
         chance = self._dice.random()
         if chance < self.luck.fail:
             content = GARBAGE
@@ -277,20 +297,21 @@ class Mover:
 
     def _write(self, job: WriteJob, place: int, fate: str) -> bool:
         ledger, target = self._ledger, job.targets[place]
+        disk = ledger.disks[job.tier]
         if fate == "nothing":
             return False
-        ledger.disk[target] = GARBAGE if fate == "torn" else ledger.host[job.slots[place]]
+        disk.blocks[target] = GARBAGE if fate == "torn" else ledger.host[job.slots[place]]
         if fate in {"torn", "no line"}:
             return False  # new bytes under an old line
         written = job.written + len(job.slots) - 1 - place
         key, parent, mark = job.keys[place], job.parents[place], job.checksums[place]
         block = StoredBlock(target, key, parent, mark, written)
         tick = ledger.births[job.transfer]
-        ledger.lines[target] = None if fate == "torn line" else Line(block, tick)
+        disk.lines[target] = None if fate == "torn line" else Line(block, tick)
         return fate == "good"
 
-    def _erase(self, target: SlotId, odds: list[float]) -> bool:
+    def _erase(self, lines: list[Line | None], target: SlotId, odds: list[float]) -> bool:
         if self._dice.choices(_FATES, odds) != ["good"]:
             return False
-        self._ledger.lines[target] = None
+        lines[target] = None
         return True

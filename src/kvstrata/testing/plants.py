@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
+from kvstrata.core.tier import TierName
 from kvstrata.manager.offload import Offloading
 from kvstrata.manager.onboard import Onboarding, Staged
 from kvstrata.manager.storing import Storing
@@ -33,7 +34,7 @@ def trust_what_was_read(patch: pytest.MonkeyPatch) -> None:
     register = Onboarding._register  # noqa: SLF001  # a planted bug sits inside
 
     def careless(self: Any, read: Any, done: JobDone) -> Any:
-        seals = tuple(self._state.disk_seals[source] for source in read.job.sources)
+        seals = tuple(read.tier.seals[source] for source in read.job.sources)
         return register(self, read, replace(done, checksums=seals))
 
     patch.setattr(Onboarding, "_register", careless)
@@ -46,7 +47,13 @@ def register_stale_seals(patch: pytest.MonkeyPatch) -> None:
 
 def keep_stale_writes(patch: pytest.MonkeyPatch) -> None:
     """Let a write that began before a clear be found after it."""
-    patch.setattr(Offloading, "discard", lambda self: self._backlog.clear())
+
+    def discard(self: Any, tier: TierName) -> None:
+        for edge in self._edges:
+            if edge.tier.name == tier:
+                edge.backlog.clear()
+
+    patch.setattr(Offloading, "discard", discard)
 
 
 def free_a_late_read_at_once(patch: pytest.MonkeyPatch) -> None:
@@ -63,8 +70,8 @@ def free_a_late_read_at_once(patch: pytest.MonkeyPatch) -> None:
         read = self._reads.get(done.transfer)
         if read is not None and read.given_up:
             del self._reads[done.transfer]
-            read.disk_pin.release()
-            return Staged([], set())
+            read.source_pin.release()
+            return Staged([], read.tier.name, set())
         return original(self, done)
 
     patch.setattr(Onboarding, "_give_up", give_up)

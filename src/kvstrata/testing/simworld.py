@@ -22,15 +22,26 @@ from math import inf
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId
 from kvstrata.core.retention import BlockHint
-from kvstrata.core.tier import Tier
-from kvstrata.manager import Counters, Manager
+from kvstrata.core.tier import DISK, HOST, Admission, TierName
+from kvstrata.manager import Counters, LowerTier, Manager
 from kvstrata.policy import make_policy, policy_names
 from kvstrata.pool import Pool
-from kvstrata.testing.oracle import GARBAGE, Content, Flight, Ledger, Luck, Mover
+from kvstrata.testing.oracle import GARBAGE, Content, Disk, Flight, Ledger, Luck, Mover
 
 __all__ = ["SimWorld", "main"]
 
-HOST_SLOTS, DISK_SLOTS = 10, 16
+HOST_SLOTS = 10
+DISK_SLOTS = {DISK: 16, TierName("disk2"): 20}
+ADMISSIONS = [
+    [Admission.WRITE_THROUGH, Admission.WRITE_THROUGH],
+    [Admission.ON_EVICT, Admission.ON_EVICT],
+    [Admission.FREQUENCY, Admission.WRITE_THROUGH],
+    [Admission.WRITE_THROUGH, Admission.ON_EVICT],
+    [Admission.ON_EVICT, Admission.FREQUENCY],
+    [Admission.WRITE_THROUGH],
+    [],
+]
+BYPASS = (0, 3, 5)  # of them, those under which the host may be bypassed
 SETTLE_STEPS_MAX = 400
 LIMITS = Limits(
     staging_timeout_s=5.0,
@@ -39,6 +50,8 @@ LIMITS = Limits(
     offload_blocks_in_flight_max=4,
     offload_backlog_blocks_max=5,
     offload_priority_min=20,
+    relay_blocks_max=3,
+    demote_share=0.4,
 )
 
 
@@ -63,7 +76,11 @@ class SimWorld:
         self._luck = luck or Luck()
         self._random = random.Random(seed)
         self._digest = hashlib.blake2b(digest_size=16)
-        self._ledger = Ledger([GARBAGE] * HOST_SLOTS, [GARBAGE] * DISK_SLOTS, [None] * DISK_SLOTS)
+        kind = seed % len(ADMISSIONS)
+        self._bypass = kind in BYPASS and seed // len(ADMISSIONS) % 3 == 0
+        self._admissions = dict(zip(DISK_SLOTS, ADMISSIONS[kind], strict=False))
+        disks = {name: Disk.empty(DISK_SLOTS[name]) for name in self._admissions}
+        self._ledger = Ledger([GARBAGE] * HOST_SLOTS, disks)
         self._mover = Mover(self._ledger, self._random, self._luck)
         self._sessions = [SessionId(number) for number in (1, 2, 3)]
         self._names = 0
@@ -124,7 +141,7 @@ class SimWorld:
         assert found.quarantined == len(self._zombies), found
         for session in sorted(set(self._zombies.values())):
             self._manager.session_dead(session)
-        for pool in (self._host, self._disk):
+        for pool in (self._host, *self._lower.values()):
             found = pool.statistics()
             assert found.free + found.idle == found.total, found
             reservation = pool.reserve(pool.slots_total)
@@ -137,9 +154,14 @@ class SimWorld:
         names = policy_names()
         name = names[self.seed % len(names)]
         self._host = Pool(HOST_SLOTS, make_policy(name))
-        self._disk = Pool(DISK_SLOTS, make_policy(name))
-        self._manager = Manager(self._host, self._disk, LIMITS, name)
-        self._manager.recover(self._ledger.recoverable(), self._ledger.floor)
+        self._lower = {tier: Pool(DISK_SLOTS[tier], make_policy(name)) for tier in self._admissions}
+        lower = [
+            LowerTier(tier, self._lower[tier], admission)
+            for tier, admission in self._admissions.items()
+        ]
+        self._manager = Manager(self._host, lower, LIMITS, name, bypass=self._bypass)
+        for tier, disk in self._ledger.disks.items():
+            self._manager.recover(disk.recoverable(), disk.floor, tier)
 
     def _crash(self) -> None:
         """End the daemon between any two writes of any job, and start another one."""
@@ -178,7 +200,7 @@ class SimWorld:
             self._flights.append(self._mover.start(job, self.now + delay))
 
     def _check(self) -> None:
-        self._ledger.check(self._host, self._disk)
+        self._ledger.check(self._host, self._lower)
         counters = self._manager.counters
         for name in counters.__slots__:
             assert getattr(counters, name) >= 0, f"{name} fell below zero"
@@ -253,10 +275,10 @@ class SimWorld:
         parent = request.chain[first - 1] if first else None
         offered = request.chain[first:]
         hints = self._hints(len(offered))
-        on_disk = [key in self._disk for key in offered]
+        below = [any(key in pool for pool in self._lower.values()) for key in offered]
         answer = self._manager.reserve(request.holder, parent, offered, hints, self.now)
         for index in answer.indices:
-            if not on_disk[index]:
+            if not below[index]:
                 self._expires.pop(offered[index], None)
         for hint in hints:
             end = self.now + hint.ttl_s if hint.ttl_s else inf
@@ -304,10 +326,8 @@ class SimWorld:
         luck, chance = self._luck, self._random.random
         if chance() < luck.jump:
             self.now += self._random.choice([6.0, 40.0, 3600.0])
-        if chance() < luck.rot:
-            slot = self._random.randrange(DISK_SLOTS)
-            content = self._ledger.disk[slot]
-            self._ledger.disk[slot] = content._replace(damage=content.damage + 1)
+        for disk in self._ledger.disks.values():
+            self._rot(disk)
         if chance() < luck.clear:
             self._clear()
         if chance() < luck.clear:
@@ -322,14 +342,22 @@ class SimWorld:
         if chance() < luck.crash:
             self._crash()
 
+    def _rot(self, disk: Disk) -> None:
+        if self._random.random() < self._luck.rot:
+            slot = self._random.randrange(len(disk.blocks))
+            content = disk.blocks[slot]
+            disk.blocks[slot] = content._replace(damage=content.damage + 1)
+
     def _clear(self) -> None:
-        tiers = self._random.choice([[Tier.HOST], [Tier.DISK], list(Tier), list(Tier)])
-        self._note(f"clear {len(tiers)} {tiers[0].value}")
+        names = [HOST, *self._lower]
+        tiers = self._random.choice([[name] for name in names] + [names, names])
+        self._note(f"clear {len(tiers)} {tiers[0]}")
         self._manager.clear(tiers)
-        if Tier.HOST in tiers:
+        if HOST in tiers:
             self._leases.clear()
-        if Tier.DISK in tiers:
-            self._ledger.floor = self._manager.written
+        for name, disk in self._ledger.disks.items():
+            if name in tiers:
+                disk.floor = self._manager.written(name)
         self._ledger.cleared(tiers)
 
     def _forget(self) -> None:

@@ -16,12 +16,12 @@ from typing import Any
 
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId
-from kvstrata.core.tier import Tier
-from kvstrata.manager import Manager
+from kvstrata.core.tier import DISK, HOST, Admission, TierName
+from kvstrata.manager import LowerTier, Manager
 from kvstrata.policy import LruPolicy
 from kvstrata.pool import Pool
 from kvstrata.pool.states import LEGAL_MOVES
-from kvstrata.testing.oracle import GARBAGE, Content, Flight, Ledger, Luck, Mover
+from kvstrata.testing.oracle import GARBAGE, Content, Disk, Flight, Ledger, Luck, Mover
 
 __all__ = ["Census", "TinyWorld", "explore"]
 
@@ -64,14 +64,20 @@ class Census:
 class TinyWorld:
     """One node, one chain of `blocks`, two requests from two sessions."""
 
-    def __init__(self, blocks: int, host_slots: int, disk_slots: int) -> None:
+    def __init__(
+        self,
+        blocks: int,
+        host_slots: int,
+        disk_slots: int,
+        admission: Admission = Admission.WRITE_THROUGH,
+    ) -> None:
         """Make an empty node."""
         self.now = 0.0
         self.chain = [SequenceHash(bytes([number]) * 16) for number in range(blocks)]
         self.host = Pool(host_slots, LruPolicy())
         self.disk = Pool(disk_slots, LruPolicy())
-        self.manager = Manager(self.host, self.disk, _LIMITS)
-        self.ledger = Ledger([GARBAGE] * host_slots, [GARBAGE] * disk_slots, [None] * disk_slots)
+        self.manager = Manager(self.host, [LowerTier(DISK, self.disk, admission)], _LIMITS)
+        self.ledger = Ledger([GARBAGE] * host_slots, {DISK: Disk.empty(disk_slots)})
         self.mover = Mover(self.ledger, Random(0), _GOOD)
         self.requests = [_Request(Holder(SessionId(number), "r")) for number in (1, 2)]
         self.flights: list[Flight] = []
@@ -98,7 +104,7 @@ class TinyWorld:
         jobs = self.manager.step(self.now)
         self.ledger.decided(job.transfer for job in jobs)
         self.flights += [self.mover.start(job, 0.0) for job in jobs]
-        self.ledger.check(self.host, self.disk)
+        self.ledger.check(self.host, {DISK: self.disk})
         counters = self.manager.counters
         assert all(getattr(counters, each) >= 0 for each in counters.__slots__), "a count fell"
 
@@ -106,15 +112,17 @@ class TinyWorld:
         """Return what decides the future of this world, without names that do not."""
         manager: Any = self.manager
         storing, onboarding = manager._storing, manager._onboarding  # noqa: SLF001
-        offloading = manager._offloading  # noqa: SLF001
+        offloading, loading = manager._offloading, manager._loading  # noqa: SLF001
+        (edge,) = offloading._edges  # noqa: SLF001
+        disk = self.ledger.disks[DISK]
         ledger: Any = self.ledger
         order = {flight.job.transfer: place for place, flight in enumerate(self.flights)}
         return (
             _pool(self.host),
             _pool(self.disk),
             tuple(self._meaning(content) for content in self.ledger.host),
-            tuple(self._meaning(content) for content in self.ledger.disk),
-            tuple(line and (line.block.key, line.block.parent) for line in self.ledger.lines),
+            tuple(self._meaning(content) for content in disk.blocks),
+            tuple(line and (line.block.key, line.block.parent) for line in disk.lines),
             tuple((r.does, r.ready, tuple(r.fills)) for r in self.requests),
             tuple((type(f.job).__name__, _shape(f.job), f.intact) for f in self.flights),
             tuple((slot, fill.holder, fill.key) for slot, fill in storing._fills.items()),  # noqa: SLF001
@@ -125,10 +133,11 @@ class TinyWorld:
                 for t, read in onboarding._reads.items()  # noqa: SLF001
             ),
             tuple((order[t], write.stale) for t, write in offloading._writes.items()),  # noqa: SLF001
-            tuple(offloading._backlog), frozenset(offloading._writing),  # noqa: SLF001
+            tuple(edge.backlog), frozenset(edge.writing), frozenset(edge.kept),
+            tuple(sorted(offloading._uses._young.items())) if offloading._uses else (),  # noqa: SLF001
             tuple(
                 (holder, hold.acquired, bool(hold.staging_until), frozenset(hold.held))
-                for holder, hold in manager._holds.items()  # noqa: SLF001
+                for holder, hold in loading._holds.items()  # noqa: SLF001
             ),
             frozenset(ledger._reading),  # noqa: SLF001
         )  # fmt: skip
@@ -210,18 +219,18 @@ class TinyWorld:
         self.manager.late(self.now)
 
     def _clear_host(self, _: int) -> None:
-        self._clear([Tier.HOST])
+        self._clear([HOST])
 
     def _clear_disk(self, _: int) -> None:
-        self._clear([Tier.DISK])
+        self._clear([DISK])
 
     def _clear_both(self, _: int) -> None:
-        self._clear(list(Tier))
+        self._clear([HOST, DISK])
 
-    def _clear(self, tiers: list[Tier]) -> None:
+    def _clear(self, tiers: list[TierName]) -> None:
         self.manager.clear(tiers)
-        if Tier.DISK in tiers:
-            self.ledger.floor = self.manager.written
+        if DISK in tiers:
+            self.ledger.disks[DISK].floor = self.manager.written(DISK)
         self.ledger.cleared(tiers)
 
     def _die(self, _: int) -> None:
@@ -276,8 +285,9 @@ def _pool(pool: Pool) -> Any:
     inside: Any = pool
     return (
         bytes(inside._state), tuple(inside._hash), tuple(inside._pins), tuple(inside._free),  # noqa: SLF001
-        tuple(inside._policy._default._order), tuple(inside._orphans.items()),  # noqa: SLF001
-        tuple(inside._children),  # noqa: SLF001
+        tuple(inside._policy._default._order), tuple(inside._ahead._order),  # noqa: SLF001
+        frozenset(inside._ahead._back),  # noqa: SLF001
+        tuple(inside._leaves.orphans.items()), tuple(inside._leaves.children),  # noqa: SLF001
     )  # fmt: skip
 
 

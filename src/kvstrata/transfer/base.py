@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any, Protocol, TypeAlias
 
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
+from kvstrata.core.tier import TierName
 
 __all__ = [
     "Completion",
@@ -101,12 +102,14 @@ class SealJob:
 
 @dataclass(frozen=True, slots=True)
 class ReadJob:
-    """Bring blocks from disk to the host and compute the seals of what arrived."""
+    """Bring blocks from a lower tier to the host and compute the seals of what arrived."""
 
     transfer: TransferId
     """Names the job."""
+    tier: TierName
+    """Where they come from."""
     sources: tuple[SlotId, ...]
-    """Disk slots."""
+    """Slots there."""
     slots: tuple[SlotId, ...]
     """Host slots, one for each source."""
     keys: tuple[SequenceHash, ...]
@@ -115,14 +118,16 @@ class ReadJob:
 
 @dataclass(frozen=True, slots=True)
 class WriteJob:
-    """Verify host blocks against their seals, then write them and their index lines to disk."""
+    """Verify host blocks against their seals, then write them and their index lines to a tier."""
 
     transfer: TransferId
     """Names the job."""
+    tier: TierName
+    """Where they go."""
     slots: tuple[SlotId, ...]
     """Host slots."""
     targets: tuple[SlotId, ...]
-    """Disk slots, one for each host slot."""
+    """Slots there, one for each host slot."""
     keys: tuple[SequenceHash, ...]
     """The key of each."""
     parents: tuple[SequenceHash | None, ...]
@@ -135,12 +140,14 @@ class WriteJob:
 
 @dataclass(frozen=True, slots=True)
 class EraseJob:
-    """Blank the index lines of disk slots, so that a restart does not find them."""
+    """Blank the index lines of a tier's slots, so that a restart does not find them."""
 
     transfer: TransferId
     """Names the job."""
+    tier: TierName
+    """Where."""
     targets: tuple[SlotId, ...]
-    """Disk slots."""
+    """Slots there."""
 
 
 Job: TypeAlias = SealJob | ReadJob | WriteJob | EraseJob

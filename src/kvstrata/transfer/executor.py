@@ -12,11 +12,12 @@ brain's: it stops waiting and quarantines the target, and still gets the JobDone
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import SequenceHash, TransferId
+from kvstrata.core.tier import TierName
 from kvstrata.storage.arena import Arena
 from kvstrata.storage.base import MemoryRegion, StoredBlock
 from kvstrata.storage.entry import BLANK_ENTRY, ENTRY_BYTES, encode_entry
@@ -51,12 +52,12 @@ class _Running:
 
 
 class Executor:
-    """Runs jobs over one arena and, if there is one, one slab."""
+    """Runs jobs over one arena and the slabs of the tiers below it."""
 
     def __init__(
         self,
         arena: Arena,
-        slab: Slab | None,
+        slabs: Mapping[TierName, Slab],
         fingerprint: bytes,
         limits: Limits,
         *,
@@ -68,7 +69,7 @@ class Executor:
 
         `mover` replaces the posix backend, for other backends and for wrappers.
         """
-        self._arena, self._slab, self._fingerprint = arena, slab, fingerprint
+        self._arena, self._slabs, self._fingerprint = arena, slabs, fingerprint
         self._jobs_max = jobs_max
         self._mover: TransferBackend = mover or PosixBackend(
             threads=limits.transfer_threads, queue_transfers_max=jobs_max, notify=notify
@@ -171,17 +172,17 @@ class Executor:
         return self._sealer.submit(job.transfer, running.ops, request, None)
 
     def _read(self, running: _Running) -> bool:
-        job, slab = running.job, self._slab
+        job = running.job
         assert isinstance(job, ReadJob)
-        assert slab is not None
+        slab = self._slabs[job.tier]
         pairs = list(zip(job.sources, job.slots, strict=True))
         running.ops = plan_copy(pairs, slab.grid, self._arena.grid)
         return self._mover.submit(job.transfer, running.ops, slab.region, self._arena.region)
 
     def _write(self, running: _Running) -> bool:
-        job, slab = running.job, self._slab
+        job = running.job
         assert isinstance(job, WriteJob)
-        assert slab is not None
+        slab = self._slabs[job.tier]
         chosen = [index for index, ok in enumerate(running.ok) if ok]
         pairs = [(job.slots[index], job.targets[index]) for index in chosen]
         if len(chosen) == len(job.slots):
@@ -192,9 +193,9 @@ class Executor:
         return self._mover.submit(job.transfer, running.ops, self._arena.region, slab.region)
 
     def _write_entries(self, running: _Running) -> bool:
-        job, slab = running.job, self._slab
+        job = running.job
         assert isinstance(job, WriteJob)
-        assert slab is not None
+        slab = self._slabs[job.tier]
         last = len(job.slots) - 1
         lines = {
             index: encode_entry(
@@ -213,9 +214,9 @@ class Executor:
         return self._submit_lines(running, slab, job.targets, lines)
 
     def _erase(self, running: _Running) -> bool:
-        job, slab = running.job, self._slab
+        job = running.job
         assert isinstance(job, EraseJob)
-        assert slab is not None
+        slab = self._slabs[job.tier]
         lines = dict.fromkeys(range(len(job.targets)), BLANK_ENTRY)
         return self._submit_lines(running, slab, job.targets, lines)
 

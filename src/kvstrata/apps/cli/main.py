@@ -71,7 +71,7 @@ def _told(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
 def serve(
     tiers: Annotated[
         str | None,
-        typer.Option(help="Tiers, host first: host:2GiB or host:2GiB,disk:/var/kv:20GiB."),
+        typer.Option(help="Tiers, host first: host:2GiB,disk:/var/kv:20GiB; see the daemon guide."),
     ] = None,
     policy: Annotated[
         str | None, typer.Option(help="Eviction policy: lru, arc, lru2, s3fifo, 2q, auto.")
@@ -83,10 +83,10 @@ def serve(
         Path | None, typer.Option(help="File with the cluster secret of 32 bytes.")
     ] = None,
     staging_timeout_s: Annotated[
-        float | None, typer.Option(help="Longest wait of a request for blocks from disk.")
+        float | None, typer.Option(help="Longest wait of a request for blocks from below the host.")
     ] = None,
     offload_priority_min: Annotated[
-        int | None, typer.Option(help="Blocks of a lower priority are not written to disk.")
+        int | None, typer.Option(help="Blocks of a lower priority stay in the host.")
     ] = None,
 ) -> None:
     """Run the node daemon until it is told to end; KVSTRATA_TIERS and the like set defaults."""
@@ -134,12 +134,12 @@ def stats(
 def clear(
     address: Address = None,
     tier: Annotated[
-        list[str] | None, typer.Option(help="host or disk; may be given twice. Default: both.")
+        list[str] | None, typer.Option(help="host, disk, ...; may be given again. Default: all.")
     ] = None,
 ) -> None:
     """Forget every kept block of a daemon."""
     with AdminClient(address or default_address()) as admin:
-        typer.echo(f"{admin.clear(tier or ('host', 'disk'))} blocks forgotten")
+        typer.echo(f"{admin.clear(tier or ())} blocks forgotten")
 
 
 TraceFile = Annotated[Path, typer.Argument(help="A trace; docs/guides/replay.md lists formats.")]
@@ -165,7 +165,8 @@ def replay(
     trace: TraceFile,
     policy: Policies = None,
     tiers: Annotated[
-        str, typer.Option(help="host, host:2GiB, or host:5%,disk:50% of the unique blocks.")
+        str,
+        typer.Option(help="host, host:2GiB, or host:5%,disk:50%:on-evict; % of the unique blocks."),
     ] = "host",
     capacity: Annotated[
         str | None, typer.Option(help="Sizes to try where the host has none: 1%,5%,20GiB.")

@@ -26,7 +26,17 @@ def print_stats(stats: dict[str, Any]) -> None:
     )
     tiers = Table(title="slots")
     tiers.add_column("tier", no_wrap=True)
-    names = ("total", "free", "filling", "staged", "idle", "in_use", "quarantined", "evictions")
+    names = (
+        "total",
+        "free",
+        "filling",
+        "staged",
+        "idle",
+        "in_use",
+        "quarantined",
+        "evictions",
+        "hit_blocks",
+    )
     for name in names:
         tiers.add_column(name.replace("_", " "), justify="right", overflow="fold")
     for tier, counts in node["tiers"].items():

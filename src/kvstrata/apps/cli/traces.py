@@ -65,7 +65,7 @@ def run_replay(
 ) -> None:
     """Replay every policy at every capacity; print a table or JSON, draw a picture."""
     names = check_policies(policies)
-    host, disk = parse_extents(tiers)
+    host, below = parse_extents(tiers)
     if host and capacity:
         raise ConfigError(
             "capacity: the host tier has a size already", hint="write --tiers host without a size"
@@ -78,7 +78,7 @@ def run_replay(
     began = time.monotonic()
     steps = len(names) * len(hosts) * load.requests
     with _bar("replaying", steps) as advance:
-        cells = list(sweep(load, names, hosts, disk, hardware, advance))
+        cells = list(sweep(load, names, hosts, below, hardware, advance))
     if plot:
         curves = {
             name: [(100 * c.capacity, 100 * c.report.hit) for c in cells if c.report.policy == name]
@@ -184,15 +184,16 @@ def _hit_table(cells: list[Cell], names: list[str]) -> Table:
 
 def _cell_table(cells: list[Cell]) -> Table:
     table = Table(title="what moved, and when the first token came")
-    names = ("host", "from host %", "from disk %", "evicted", "read GiB", "written GiB")
+    names = ("host", "from host %", "from below %", "evicted", "read GiB", "written GiB")
     times = ("mean s", "p50 s", "p99 s")
     table.add_column("policy")
     for name in (*names, *times):
         table.add_column(name, justify="right")
     for cell in cells:
         report = cell.report
-        hits = [100 * report.hit_blocks.get(tier, 0) / report.blocks for tier in ("host", "disk")]
-        moved = [report.moved_bytes.get(f"{way}", 0) / _GIB for way in _DISK_WAYS]
+        blocks = report.hit_blocks["host"], sum(report.hit_blocks.values())
+        hits = [100 * count / report.blocks for count in (blocks[0], blocks[1] - blocks[0])]
+        moved = [sum(_moved(report, way)) / _GIB for way in ("to host", "host to")]
         table.add_row(
             report.policy,
             str(cell.host),
@@ -204,7 +205,11 @@ def _cell_table(cells: list[Cell]) -> Table:
     return table
 
 
-_DISK_WAYS = ("disk to host", "host to disk")
+def _moved(report: ReplayReport, way: str) -> list[int]:
+    """Return the bytes between the host and each tier below it, in one direction."""
+    return [
+        size for name, size in report.moved_bytes.items() if way in name and "engine" not in name
+    ]
 
 
 def _replay_record(

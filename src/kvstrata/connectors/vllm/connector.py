@@ -121,7 +121,7 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
     ) -> dict[CacheHitSource, int]:
         """Split the loaded tokens by tier for vLLM's own metrics."""
         assert self._scheduler is not None
-        disk = min(self._scheduler.disk_tokens(request), num_external_tokens)
+        disk = min(self._scheduler.staged_tokens(request), num_external_tokens)
         split = {
             CacheHitSource.DISK: disk,
             CacheHitSource.HOST: num_external_tokens - disk,

@@ -50,7 +50,7 @@ class _Tracked:
     holding: bool = False  # the daemon holds blocks for it
     loading: bool = False  # its load was given to the worker and has not ended
     finished: bool = False
-    disk_tokens: int = 0  # of the load under way, tokens that were staged from disk for it
+    staged: dict[str, int] = field(default_factory=dict)  # tokens of its load, by lower tier
     tokens_from: dict[str, int] = field(default_factory=lambda: {"host": 0, "disk": 0})
 
 
@@ -117,7 +117,7 @@ class SchedulerHalf:
         (pages,) = blocks.get_block_ids()
         first = tracked.local_tokens // self._page_tokens
         last = (tracked.local_tokens + external_tokens) // self._page_tokens
-        slots, generations, from_disk = self._acquire(tracked)
+        slots, generations, staged = self._acquire(tracked)
         wanted = [
             (slots[page // self._places], page % self._places, pages[page])
             for page in range(first, last)
@@ -126,7 +126,7 @@ class SchedulerHalf:
         copy = PageCopy(*map(list, zip(*wanted, strict=True))) if wanted else PageCopy([], [], [])
         reached = first + len(wanted)
         tracked.loading = True
-        tracked.disk_tokens = from_disk * self._block_tokens
+        tracked.staged = {tier: n * self._block_tokens for tier, n in staged.items()}
         self._loads.append(
             LoadJob(
                 request=request.request_id,
@@ -184,10 +184,10 @@ class SchedulerHalf:
             del self._requests[request.request_id]
         return {"kvstrata": {"tokens_from": dict(tracked.tokens_from)}}
 
-    def disk_tokens(self, request: Request) -> int:
-        """Return how many tokens of the load under way were staged from disk for it."""
+    def staged_tokens(self, request: Request) -> int:
+        """Return how many tokens of the load under way came from below the host for it."""
         tracked = self._requests.get(request.request_id)
-        return tracked.disk_tokens if tracked else 0
+        return sum(tracked.staged.values()) if tracked else 0
 
     def clear(self) -> bool:
         """Forget every block in every tier; False if the daemon could not be told yet.
@@ -208,7 +208,7 @@ class SchedulerHalf:
             return False
         if self._clear_owed:
             try:
-                self.session.call(wire.Clear(["host", "disk"]), wire.Cleared)
+                self.session.call(wire.Clear([]), wire.Cleared)
             except DaemonError as error:
                 self._note(error)
                 return False
@@ -218,9 +218,11 @@ class SchedulerHalf:
     def _count(self, tracked: _Tracked, good_pages: int) -> None:
         """Add what a load has brought to the request's account."""
         tokens = good_pages * self._page_tokens
-        on_disk = min(tracked.disk_tokens, tokens)
-        tracked.tokens_from["disk"] += on_disk
-        tracked.tokens_from["host"] += tokens - on_disk
+        for tier, staged in tracked.staged.items():
+            counted = min(staged, tokens)
+            tracked.tokens_from[tier] = tracked.tokens_from.get(tier, 0) + counted
+            tokens -= counted
+        tracked.tokens_from["host"] += tokens
 
     def _track(self, request: Request) -> _Tracked:
         tracked = self._requests.get(request.request_id)
@@ -270,16 +272,16 @@ class SchedulerHalf:
             self._keys[salt] = salted_key(ModelKey(welcome.model_key), salt)
         return self._keys[salt]
 
-    def _acquire(self, tracked: _Tracked) -> tuple[list[int], list[int], int]:
+    def _acquire(self, tracked: _Tracked) -> tuple[list[int], list[int], dict[str, int]]:
         if self.session.welcome is None or tracked.epoch != self.session.epoch:
-            return [], [], 0
+            return [], [], {}
         hashes = tracked.hashes[: tracked.ready_blocks]
         try:
             acquired = self.session.acquire(tracked.name, hashes)
         except DaemonError as error:
             self._note(error)
-            return [], [], 0
-        return acquired.slots, acquired.generations, acquired.from_disk
+            return [], [], {}
+        return acquired.slots, acquired.generations, acquired.staged
 
     def _plan_save(
         self, plan: StepPlan, tracked: _Tracked, tokens: int, output: SchedulerOutput

@@ -1,0 +1,283 @@
+"""Loading: what requests find, hold and read, and what is staged for them.
+
+A hold begins with a request's first question and ends with its release. It pins what was found, so
+that nothing of the answer is evicted before the engine has read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId
+from kvstrata.core.tier import TierName
+from kvstrata.manager.explain import Gauges
+from kvstrata.manager.groups import Chain, longest
+from kvstrata.manager.onboard import Onboarding
+from kvstrata.manager.state import BrainState
+from kvstrata.manager.storing import Storing
+from kvstrata.pool import Pin
+
+__all__ = ["AcquireAnswer", "Loading", "LookupAnswer"]
+
+
+@dataclass(frozen=True, slots=True)
+class LookupAnswer:
+    """What is kept of a prefix, in blocks."""
+
+    ready: int
+    """Leading blocks that are in the host now, held for this request until it goes on."""
+    staged: dict[TierName, int]
+    """How many of the blocks that `ready` needs were staged for this request, by their tier."""
+    pending: int
+    """Blocks behind `ready` that are being staged; ask again before `until`."""
+    until: float
+    """When staging is given up, on the clock of `now`; 0 if nothing is pending."""
+    why: str
+    """Why the first block behind `ready` is not ready: empty if there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class AcquireAnswer:
+    """Slots to read."""
+
+    blocks: int
+    """Leading blocks that the slots serve."""
+    slots: list[SlotId]
+    """Host slots, pinned until the request is released: root first, one group after the other,
+    of each group only the blocks that it needs (`Chain.needed`)."""
+    generations: list[int]
+    """Generation of each slot; a reader that sees another one must not use what it read."""
+    staged: dict[TierName, int]
+    """How many of them were staged for this request, by the tier that they came from."""
+
+
+@dataclass(slots=True)
+class _Hold:
+    expires: float
+    staging_until: float = 0.0
+    acquired: bool = False
+    pins: list[Pin] = field(default_factory=list)
+    held: set[SlotId] = field(default_factory=set)
+    staged: dict[SequenceHash, TierName] = field(default_factory=dict)
+    counted: set[SequenceHash] = field(default_factory=set)
+    throttled: set[SequenceHash] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _Behind:
+    """What a request could have besides what is ready."""
+
+    to_stage: list[SequenceHash]
+    coming: bool
+
+
+class Loading:
+    """Requests and what they hold of the host."""
+
+    def __init__(
+        self, state: BrainState, onboarding: Onboarding, storing: Storing, gauges: Gauges | None
+    ) -> None:
+        self._state, self._onboarding, self._storing = state, onboarding, storing
+        self._gauges = gauges
+        self._holds: dict[Holder, _Hold] = {}
+
+    def __len__(self) -> int:
+        return len(self._holds)
+
+    def lookup(self, holder: Holder, chains: Sequence[Chain]) -> LookupAnswer:
+        """Return how much of the prefix is ready; start to stage what lies below the host."""
+        state, limits, now = self._state, self._state.limits, self._state.now
+        hold = self._hold_of(holder, chains)
+        hold.expires = now + limits.hold_timeout_s
+        found = [state.host.scan(chain.hashes) for chain in chains]
+        for chain, slots in zip(chains, found, strict=True):
+            pairs = zip(chain.hashes, slots, strict=True)
+            self._pin(hold, [(key, slot) for key, slot in pairs if slot is not None])
+        ready = _ready(chains, found)
+        staged = self._count_staged(hold, _keys(chains, ready))
+        behind = self._behind(chains, found, holder)
+        late = hold.staging_until and now >= hold.staging_until
+        if (behind.to_stage or behind.coming) and not late:
+            hold.staging_until = hold.staging_until or now + limits.staging_timeout_s
+            if behind.to_stage:
+                left = self._onboarding.stage(behind.to_stage, holder, hold.staging_until)
+                new = set(left) - hold.throttled  # a repeated lookup counts nothing twice
+                state.counters.throttled_stage_blocks += len(new)
+                hold.throttled |= new
+            if behind.coming or self._onboarding.is_waiting(holder):
+                pending, until = max(len(behind.to_stage), 1), hold.staging_until
+                return LookupAnswer(ready, staged, pending, until, "pending")
+        why = ""
+        if missing := _missing(chains, found, ready):
+            too_late = bool(late and (behind.to_stage or behind.coming))
+            why = self._why(missing, too_late=too_late)
+        return LookupAnswer(ready, staged, 0, 0.0, why)
+
+    def acquire(
+        self, holder: Holder, chains: Sequence[Chain]
+    ) -> tuple[AcquireAnswer, list[SequenceHash]]:
+        """Hold the longest ready prefix for reading; return it and the keys that are new in it."""
+        state, host = self._state, self._state.host
+        hold = self._holds.setdefault(holder, _Hold(expires=state.now))
+        hold.acquired = True
+        if len(chains) == 1 and not chains[0].window:
+            slots = host.match(chains[0].hashes)
+            keys = list(chains[0].hashes[: len(slots)])
+            blocks = len(slots)
+        else:
+            blocks = _ready(chains, [host.scan(chain.hashes) for chain in chains])
+            keys = _keys(chains, blocks)
+            slots = [slot for slot in host.scan(keys) if slot is not None]
+        self._pin(hold, list(zip(keys, slots, strict=True)))
+        counted = [key for key in keys if key not in hold.counted]
+        for name, count in self._count_staged(hold, counted).items():
+            state.tier(name).hit_blocks += count
+            state.counters.hit_blocks_staged += count
+            state.counters.hit_blocks_host -= count
+        state.counters.hit_blocks_host += len(counted)
+        hold.counted.update(counted)
+        generations = [host.generations[slot] for slot in slots]
+        return AcquireAnswer(blocks, slots, generations, self._count_staged(hold, keys)), counted
+
+    def release(self, holder: Holder) -> None:
+        """End whatever `holder` holds for reading; harmless if that is nothing."""
+        hold = self._holds.pop(holder, None)
+        if hold:
+            for pin in reversed(hold.pins):  # deepest first: a chain ages from its end
+                pin.release()
+
+    def release_all(self, session: SessionId) -> None:
+        """End whatever requests of `session` hold."""
+        for holder in [each for each in self._holds if each.session == session]:
+            self.release(holder)
+
+    def expire(self) -> None:
+        """End the holds of requests that looked and never came back."""
+        now = self._state.now
+        for holder in [
+            each for each, hold in self._holds.items() if not hold.acquired and now >= hold.expires
+        ]:
+            self._state.counters.expired_holds += 1
+            self.release(holder)
+
+    def hand_over(
+        self, hashes: Sequence[SequenceHash], tier: TierName, waiters: Collection[Holder]
+    ) -> None:
+        """Hold blocks that arrived from `tier` for those who waited for them."""
+        found = self._state.host.scan(hashes)
+        pairs = [(key, slot) for key, slot in zip(hashes, found, strict=True) if slot is not None]
+        for holder in waiters:
+            hold = self._holds.get(holder)
+            if hold:
+                self._pin(hold, pairs)
+                hold.staged.update((key, tier) for key, _ in pairs)
+
+    # -- private -------------------------------------------------------------------------------
+
+    def _hold_of(self, holder: Holder, chains: Sequence[Chain]) -> _Hold:
+        hold = self._holds.get(holder)
+        if hold is None:
+            hold = self._holds[holder] = _Hold(expires=0.0)
+            self._state.counters.lookups += 1
+            if self._gauges:
+                for chain in chains:
+                    self._gauges.use(chain.hashes)
+        return hold
+
+    def _behind(
+        self, chains: Sequence[Chain], found: Sequence[Sequence[SlotId | None]], holder: Holder
+    ) -> _Behind:
+        """Return what of the longest prefix that all groups could serve is not in the host."""
+        whole, windowed = [], []
+        for chain, slots in zip(chains, found, strict=True):
+            if chain.window:
+                pairs = zip(chain.hashes, slots, strict=True)
+                there = [slot is not None or self._is_somewhere(key) for key, slot in pairs]
+                windowed.append((chain.window, there))
+                continue
+            reach = slots.index(None) if None in slots else len(slots)
+            while reach < len(slots) and (
+                slots[reach] is not None or self._is_somewhere(chain.hashes[reach])
+            ):
+                reach += 1
+            whole.append(reach)
+        reach = longest(whole, windowed)
+        to_stage: list[SequenceHash] = []
+        coming = False
+        for chain, slots in zip(chains, found, strict=True):
+            first = slots.index(None) if None in slots else len(slots)
+            for place in range(max(first, chain.needed(reach).start), reach):
+                if slots[place] is None:
+                    key = chain.hashes[place]
+                    if self._onboarding.waiting_for(key, holder) or self._storing.is_sealing(key):
+                        coming = True
+                    else:
+                        to_stage.append(key)
+        return _Behind(to_stage, coming)
+
+    def _is_somewhere(self, key: SequenceHash) -> bool:
+        state = self._state
+        return (
+            self._onboarding.is_reading(key)
+            or self._storing.is_sealing(key)
+            or state.below(key) is not None
+        )
+
+    def _why(self, key: SequenceHash, *, too_late: bool) -> str:
+        """Return why `key` is not ready, most telling reason first."""
+        if too_late:
+            return "too slow"
+        below = self._state.below(key)
+        if below is not None:
+            return f"on {below.name}, no host slot free"
+        if self._storing.is_coming(key):
+            return "being stored"
+        return self._state.departures.why(key, self._state.now)
+
+    def _pin(self, hold: _Hold, found: Sequence[tuple[SequenceHash, SlotId]]) -> None:
+        # By slot, not by key: a key that was cleared and stored again lives in another slot.
+        new = [slot for _, slot in found if slot not in hold.held]
+        if new:
+            hold.pins.append(self._state.host.pin(new))
+            hold.held.update(new)
+
+    def _count_staged(self, hold: _Hold, keys: Sequence[SequenceHash]) -> dict[TierName, int]:
+        counts: dict[TierName, int] = {}
+        if hold.staged:
+            for key in keys:
+                tier = hold.staged.get(key)
+                if tier is not None:
+                    counts[tier] = counts.get(tier, 0) + 1
+        return counts
+
+
+def _ready(chains: Sequence[Chain], found: Sequence[Sequence[SlotId | None]]) -> int:
+    whole, windowed = [], []
+    for chain, slots in zip(chains, found, strict=True):
+        if chain.window:
+            windowed.append((chain.window, [slot is not None for slot in slots]))
+        else:
+            whole.append(slots.index(None) if None in slots else len(slots))
+    return longest(whole, windowed)
+
+
+def _keys(chains: Sequence[Chain], blocks: int) -> list[SequenceHash]:
+    """Return the keys that a hit of `blocks` needs, one group after the other."""
+    keys: list[SequenceHash] = []
+    for chain in chains:
+        needed = chain.needed(blocks)
+        keys += chain.hashes[needed.start : needed.stop]
+    return keys
+
+
+def _missing(
+    chains: Sequence[Chain], found: Sequence[Sequence[SlotId | None]], ready: int
+) -> SequenceHash | None:
+    """Return the first key that keeps a hit from being longer than `ready`."""
+    for chain, slots in zip(chains, found, strict=True):
+        if ready < len(slots):
+            for place in chain.needed(ready + 1):
+                if slots[place] is None:
+                    return chain.hashes[place]
+    return None
