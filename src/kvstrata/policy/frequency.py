@@ -19,13 +19,18 @@ class UseCounts:
         self._old: dict[SequenceHash, int] = {}
 
     def note(self, keys: Iterable[SequenceHash], uses_min: int) -> list[SequenceHash]:
-        """Count a use of each of `keys`; return those that now have `uses_min` uses or more."""
+        """Count a use of each of `keys`; return those that now have `uses_min` uses.
+
+        And again at twice as many, four times as many and so on: a block that a small tier loses
+        again and again must not be written to it at each use.
+        """
         young, old = self._young, self._old
         found = []
         for key in keys:
             uses = (young.get(key) or old.get(key, 0)) + 1
             young[key] = uses
-            if uses >= uses_min:
+            times, rest = divmod(uses, uses_min)
+            if not rest and not times & (times - 1):
                 found.append(key)
         if len(young) > self._limit:
             self._old, self._young = young, {}

@@ -2,8 +2,8 @@
 
 Where the tier below takes what is evicted, the coldest blocks are written there before their slots
 are needed. To the policy, and in the counts of their parents' children, they are gone; a use brings
-them back as any block that returns. They leave in the order in which they were given up, which is
-leaf first.
+them back, and what they hang on with them, as blocks that return. They leave in the order in which
+they were given up, which is leaf first.
 """
 
 from __future__ import annotations
@@ -61,13 +61,17 @@ class Ahead:
                 lent.append(slot)
         return back, lent
 
-    def take_back(self, slots: Iterable[SlotId]) -> list[SlotId]:
-        """Bring back those of pinned `slots` that were given up; return them."""
-        found = [slot for slot in slots if slot in self._order]
-        for slot in found:
-            del self._order[slot]
-        self._back.update(found)
-        return found
+    def take_back(self, slot: SlotId) -> bool:
+        """Bring back `slot`, which was given up; return whether nobody pins it.
+
+        Then it is the policy's at once, else when its last pin is released.
+        """
+        del self._order[slot]
+        if self._pins[slot]:
+            self._back.add(slot)
+            return False
+        self.idle -= 1
+        return True
 
     def first(self, count: int) -> list[SlotId]:
         """Return up to `count` slots that leave next."""

@@ -184,10 +184,19 @@ class Pool:
             pins[slot] += 1
         if self._ahead:
             idle = self._ahead.pinned(idle)
-            for slot in self._ahead.take_back(slots) if used else ():
-                self._leaves.add_parent_of(slot)
+            if used:
+                self._bring_back(slots)
         self._policy.reclaim(idle)
         return Pin(slots, self._unpin if used else self._unpin_unused)
+
+    def _bring_back(self, slots: Iterable[SlotId | None]) -> None:
+        """Of `slots`, bring back those that were given up, and all that they hang on."""
+        for slot in slots:
+            while slot is not None and slot in self._ahead:
+                if self._ahead.take_back(slot):
+                    self._policy.admit([slot])
+                self._leaves.add_parent_of(slot)
+                slot = self._slot_of.get(self._parent[slot])  # type: ignore[arg-type]  # noqa: PLW2901
 
     def _unpin(self, slots: Sequence[SlotId]) -> None:
         idle = self._let_go(slots)
@@ -296,6 +305,8 @@ class Pool:
         Returns the slots that were registered: where the key already has a slot, the second copy
         is dropped and its slot is free again.
         """
+        if self._ahead:
+            self._bring_back(map(self._slot_of.get, parents))  # type: ignore[arg-type]
         if self._enter_chain(slots, hashes, parents):
             self._policy.admit(reversed(slots))
             return list(slots)
@@ -491,27 +502,13 @@ class Pool:
     def _evict(self, count: int, coming: Sequence[SequenceHash]) -> list[SequenceHash] | None:
         """Free the slots of `count` idle leaves, coldest first, or change nothing."""
         leaves = self._leaves
-        ahead = self._first_ahead(count) if self._ahead else []
+        ahead = self._ahead.first(count) if self._ahead else []
         chosen = leaves.take(count - len(ahead), coming) if len(ahead) < count else []
         if chosen is None:
             return None
         for slot in ahead:
             self._ahead.remove(slot)
         return self._forget(ahead + chosen)
-
-    def _first_ahead(self, count: int) -> list[SlotId]:
-        """Return up to `count` blocks that were given up and have no child.
-
-        One that has got a child since is in use again, and goes back to the policy.
-        """
-        children, found = self._leaves.children, self._ahead.first(count)
-        while used := [slot for slot in found if children[slot]]:
-            for slot in used:  # which gives its own parent a child, too
-                self._ahead.remove(slot)
-                self._leaves.add_parent_of(slot)
-            self._policy.admit(used)
-            found = [slot for slot in found if slot in self._ahead]
-        return found
 
     def _forget(self, slots: list[SlotId]) -> list[SequenceHash]:
         """Free idle leaves that already left the policy and their parents' counts."""

@@ -24,6 +24,7 @@ from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId
 from kvstrata.core.retention import BlockHint
 from kvstrata.core.tier import DISK, HOST, Admission, TierName
 from kvstrata.manager import Counters, LowerTier, Manager
+from kvstrata.manager.groups import WHOLE, Chain
 from kvstrata.policy import make_policy, policy_names
 from kvstrata.pool import Pool
 from kvstrata.testing.oracle import GARBAGE, Content, Disk, Flight, Ledger, Luck, Mover
@@ -43,6 +44,7 @@ ADMISSIONS = [
 ]
 BYPASS = (0, 3, 5)  # of them, those under which the host may be bypassed
 SETTLE_STEPS_MAX = 400
+WINDOWS = [WHOLE, (0, 2), (0, 1), (0, 0, 3), (2, 1)]
 LIMITS = Limits(
     staging_timeout_s=5.0,
     hold_timeout_s=30.0,
@@ -59,9 +61,22 @@ LIMITS = Limits(
 class _Request:
     holder: Holder
     chain: list[SequenceHash]
+    windows: tuple[int, ...] = WHOLE
     does: str = "lookup"
     ready: int = 0
     fills: dict[SlotId, Content] = field(default_factory=dict)
+
+    def chains(self, blocks: int) -> list[Chain]:
+        """Return the first `blocks` in each group of layers; each has keys of its own."""
+        first = self.chain[:blocks]
+        return [
+            Chain([_in_group(key, group) for key in first], window)
+            for group, window in enumerate(self.windows)
+        ]
+
+    def keys(self, blocks: int) -> list[SequenceHash]:
+        """Return the keys of the first `blocks`, one group after the other."""
+        return [key for chain in self.chains(blocks) for key in chain.hashes]
 
 
 class SimWorld:
@@ -218,7 +233,8 @@ class SimWorld:
         session = self._random.choice(self._sessions)
         tree = self._random.choice(self._trees)
         chain = tree[: self._random.randint(1, len(tree))]
-        self._requests.append(_Request(Holder(session, f"r{self._names}"), chain))
+        windows = self._random.choice(WINDOWS) if self.seed % 3 == 0 else WHOLE
+        self._requests.append(_Request(Holder(session, f"r{self._names}"), chain, windows))
 
     def _advance(self, request: _Request) -> None:
         self._note(f"{request.holder.request} {request.does}")
@@ -235,7 +251,8 @@ class SimWorld:
                 self._fill(request)
 
     def _lookup(self, request: _Request) -> None:
-        answer = self._manager.lookup(request.holder, request.chain, self.now)
+        keys = request.keys(len(request.chain))
+        answer = self._manager.lookup(request.holder, keys, self.now, request.windows)
         self._note(f"ready {answer.ready} pending {answer.pending}")
         if answer.pending:
             assert answer.until > self.now, "told to wait until a moment that has passed"
@@ -246,16 +263,23 @@ class SimWorld:
             self._requests.remove(request)  # never comes back: its hold has to expire
 
     def _acquire(self, request: _Request) -> None:
-        wanted = request.chain[: request.ready]
-        answer = self._manager.acquire(request.holder, wanted, self.now)
+        answer = self._manager.acquire(
+            request.holder, request.keys(request.ready), self.now, request.windows
+        )
+        wanted = [
+            chain.hashes[place]
+            for chain in request.chains(answer.blocks)
+            for place in chain.needed(answer.blocks)
+        ]
+        assert len(wanted) == len(answer.slots), "a hit is what all groups need, and no more"
         for key, slot, generation in zip(wanted, answer.slots, answer.generations, strict=False):
             self._ledger.read(request.holder, key, slot, generation, self._host)
             assert self.now < self._expires.get(key, inf), f"{key!r} is served past its life"
         self.served += len(answer.slots)
-        request.ready = len(answer.slots)
+        request.ready = answer.blocks
         request.does = "read"
-        if answer.slots and self._random.random() < 0.15:
-            self._lease(request.holder, wanted[: request.ready], answer.slots)
+        if answer.slots and self._random.random() < 0.15 and request.windows == WHOLE:
+            self._lease(request.holder, wanted, answer.slots)
 
     def _lease(self, holder: Holder, keys: list[SequenceHash], slots: list[SlotId]) -> None:
         lessee = holder._replace(request=self._random.choice("ab"))
@@ -271,9 +295,14 @@ class SimWorld:
         request.does = "store"
 
     def _reserve(self, request: _Request) -> None:
+        for chain in request.chains(len(request.chain)):
+            self._offer(request, chain.hashes)
+        request.does = "fill"
+
+    def _offer(self, request: _Request, chain: Sequence[SequenceHash]) -> None:
         first = request.ready
-        parent = request.chain[first - 1] if first else None
-        offered = request.chain[first:]
+        parent = chain[first - 1] if first else None
+        offered = chain[first:]
         hints = self._hints(len(offered))
         below = [any(key in pool for pool in self._lower.values()) for key in offered]
         answer = self._manager.reserve(request.holder, parent, offered, hints, self.now)
@@ -287,7 +316,6 @@ class SimWorld:
             tick = self._ledger.next_tick()
             request.fills[slot] = Content(offered[index], tick)
             self._ledger.fill(slot, GARBAGE, tick)
-        request.does = "fill"
         self._note(f"slots {answer.slots}")
 
     def _hints(self, blocks: int) -> list[BlockHint]:
@@ -394,6 +422,10 @@ class SimWorld:
         line = f"{self.now:.6f} {event}"
         self.trace.append(line)
         self._digest.update(line.encode())
+
+
+def _in_group(key: SequenceHash, group: int) -> SequenceHash:
+    return SequenceHash(key[:-1] + bytes([group])) if group else key
 
 
 def _trees(luck: random.Random) -> list[list[SequenceHash]]:
