@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from kvstrata.core.errors import ConfigError
+from kvstrata.core.tenants import TENANT_NAME_MAX, Guarantee, TenantConfig, check_tenants
 from kvstrata.core.tier import Tier
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "NodeConfig",
     "TierConfig",
     "parse_bytes",
+    "parse_tenants",
     "parse_tiers",
 ]
 
@@ -84,6 +87,13 @@ class NodeConfig:
     """Bounds of queues, waits and batches."""
     policy: str = "lru"
     """Eviction policy of every tier, by name."""
+    tenants: tuple[TenantConfig, ...] = ()
+    """Tenants with a guarantee; all others share what these leave."""
+    explain_across_salts: bool = False
+    """Whether a client may learn that a prompt is stored under a salt that is not its own."""
+
+    def __post_init__(self) -> None:
+        check_tenants(self.tenants, [(each.tier.value, each.capacity_bytes) for each in self.tiers])
 
     @property
     def host(self) -> TierConfig:
@@ -146,3 +156,49 @@ def _parse_tier(text: str) -> TierConfig:
         f"tiers: unknown tier {name!r}",
         hint="known tiers are host and disk: host:2GiB,disk:/var/kv:20GiB",
     )
+
+
+def parse_tenants(texts: Iterable[str]) -> tuple[TenantConfig, ...]:
+    """Return the tenants of texts like `NAME=30%` and `NAME=host:8GiB,disk:20%`.
+
+    Raises ConfigError for a text that says no share and no size; `check_tenants` says the rest.
+    """
+    return tuple(_parse_tenant(text.strip()) for text in texts if text.strip())
+
+
+def _parse_tenant(text: str) -> TenantConfig:
+    name, equals, rest = text.rpartition("=")
+    parts = [part.strip() for part in rest.split(",") if part.strip()]
+    if not equals or not parts or len(name) > TENANT_NAME_MAX:
+        raise ConfigError(
+            f"tenants: {text!r} guarantees nothing to a tenant",
+            hint="write NAME=30% for a share of each tier, or NAME=host:8GiB,disk:100GiB",
+        )
+    found = [_parse_guarantee(part, name) for part in parts]
+    tiers = [guarantee.tier for guarantee in found]
+    if len(set(tiers)) != len(tiers) or (len(tiers) > 1 and "" in tiers):
+        raise ConfigError(
+            f"tenants: {text!r} says more than one thing about the same tier",
+            hint="name each tier once, or write one share for all of them",
+        )
+    return TenantConfig(name, tuple(found))
+
+
+def _parse_guarantee(text: str, name: str) -> Guarantee:
+    tier, _, size = text.rpartition(":")
+    if size.endswith("%"):
+        try:
+            share = float(size[:-1]) / 100
+        except ValueError:
+            share = -1.0
+        if not 0 < share <= 1:  # NaN is neither
+            raise ConfigError(
+                f"tenants.{name}: {size!r} is not a share", hint="write 1% to 100%, or a size"
+            )
+        return Guarantee(tier, share=share)
+    if not tier:
+        raise ConfigError(
+            f"tenants.{name}: {text!r} names no tier for its size",
+            hint="write host:8GiB for a size in one tier, or 30% for a share of each",
+        )
+    return Guarantee(tier, size_bytes=parse_bytes(size, field=f"tenants.{name}"))
