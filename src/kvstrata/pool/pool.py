@@ -50,7 +50,7 @@ class Pool:
         self.slots_total = slots_total
         self.generations: Generations = [0] * slots_total if generations is None else generations
         shared = policy if isinstance(policy, TenantPolicy) else None
-        self._policy = shared or RankedPolicy(policy)
+        self._policy = RankedPolicy(policy) if shared is None else shared
         self._state = bytearray(slots_total)
         self._free = [SlotId(slot) for slot in range(slots_total - 1, -1, -1)]
         self._hash: list[SequenceHash | None] = [None] * slots_total
@@ -62,9 +62,11 @@ class Pool:
         self._evictions = 0
         self._duplicates = 0
         self._policy.bind(slots_total, self._hash)
-        self._owners = Owners(slots_total, self._occupied, shared.groups if shared else None)
+        self._owners = Owners(
+            slots_total, self._occupied, None if shared is None else shared.groups
+        )
         self._shares: Shares | None = None
-        if shared:
+        if shared is not None:
             shared.bind_owners(self._owners)
             chains = Chains(self._children, self._parent, self._add_child, self._drop_child)
             self._shares = Shares(shared, self._owners, chains)
