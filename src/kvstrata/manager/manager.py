@@ -19,13 +19,16 @@ from kvstrata.core.retention import BlockHint
 from kvstrata.core.tier import Tier
 from kvstrata.manager.explain import DEPARTURES_MAX, Departures, Gauges
 from kvstrata.manager.leasing import Leasing
+from kvstrata.manager.mismatch import FAMILIES_MAX, Families, sentence
 from kvstrata.manager.offload import Offloading
 from kvstrata.manager.onboard import Onboarding
 from kvstrata.manager.retaining import Retaining
 from kvstrata.manager.state import BrainState, Counters
 from kvstrata.manager.storing import Storing
+from kvstrata.manager.tenants import Tenants
 from kvstrata.pool import Pin, Pool
 from kvstrata.storage.base import StoredBlock
+from kvstrata.tokens.family import Family
 from kvstrata.transfer.base import Job, JobDone
 
 __all__ = ["AcquireAnswer", "LookupAnswer", "Manager", "ReserveAnswer"]
@@ -87,11 +90,17 @@ class Manager:
     """Decides over one block layout's tiers."""
 
     def __init__(
-        self, host: Pool, disk: Pool | None, limits: Limits, policy: str | None = None
+        self,
+        host: Pool,
+        disk: Pool | None,
+        limits: Limits,
+        policy: str | None = None,
+        tenants: Tenants | None = None,
     ) -> None:
         """Take over empty pools; `disk` is None for a node without one.
 
         `policy` names what the pools evict by; with it, gauges tell what others would have hit.
+        `tenants` has made the pools' policies, if there are guarantees.
         """
         slots = host.slots_total + (disk.slots_total if disk else 0)
         self._state = BrainState(
@@ -100,6 +109,7 @@ class Manager:
             disk=disk,
             limits=limits,
             policy=policy or "",
+            tenants=tenants or Tenants(),
             host_seals=[b""] * host.slots_total,
             disk_seals=[b""] * (disk.slots_total if disk else 0),
         )
@@ -108,6 +118,8 @@ class Manager:
         self._offloading = Offloading(self._state, self._retaining)
         self._storing = Storing(self._state)
         self._leasing = Leasing(self._state)
+        self._state.tenants.watch({"host": host} | ({"disk": disk} if disk else {}))
+        self._families = Families(min(max(slots, 1024), FAMILIES_MAX))
         self._holds: dict[Holder, _Hold] = {}
         self._gauges = Gauges(host.slots_total, policy) if policy else None
 
@@ -121,7 +133,10 @@ class Manager:
         newest_first = sorted(blocks, key=lambda block: -block.written)
         for block in newest_first:
             self._state.disk_seals[block.slot] = block.checksum
-        disk.adopt([block.slot for block in newest_first])
+        recall = self._state.tenants.recall
+        disk.adopt(
+            [block.slot for block in newest_first], [recall(block.owner) for block in newest_first]
+        )
         disk.register(
             [block.slot for block in newest_first],
             [block.key for block in newest_first],
@@ -209,17 +224,19 @@ class Manager:
         hashes: Sequence[SequenceHash],
         hints: Sequence[BlockHint] = (),
         now: float = 0.0,
+        owner: int = 0,
     ) -> ReserveAnswer:
         """Give out slots for the blocks of a chain that the host does not hold.
 
-        `parent` is the key before `hashes[0]`, None at the root. `hints` say how long blocks of
-        the chain are to be kept, those that the tiers hold already too. Raises ValueError, and
-        changes nothing, for a hint that reaches beyond the chain.
+        `parent` is the key before `hashes[0]`, None at the root. `owner`, one of `tenants`, is
+        charged for the slots, and takes none from a tenant that has no more than its guarantee.
+        `hints` say how long blocks of the chain are to be kept, those that the tiers hold already
+        too. Raises ValueError, and changes nothing, for a hint that reaches beyond the chain.
         """
         if any(hint.first + hint.count > len(hashes) for hint in hints):
             raise ValueError(f"hints: one reaches beyond the {len(hashes)} blocks offered")
         self._pass_time(max(now, self._state.now))
-        indices, slots, throttled = self._storing.reserve(holder, parent, hashes)
+        indices, slots, throttled = self._storing.reserve(holder, parent, hashes, owner)
         self._retaining.agree(parent, hashes, [hashes[index] for index in indices], hints)
         return ReserveAnswer(indices, slots, throttled)
 
@@ -281,16 +298,46 @@ class Manager:
         self._storing.discard_some(doomed)
         self._onboarding.discard_some(doomed)
         self._offloading.discard_some(doomed)
-        keys = [each for each in doomed if each in state.host]
-        count = len(state.host.withdraw(keys))
-        state.left(keys, "cleared", Tier.HOST)
-        if state.disk:
-            keys = [each for each in doomed if each in state.disk]
-            slots = state.disk.withdraw(keys, quarantine=True)
-            state.left(keys, "cleared", Tier.DISK)
-            self._onboarding.erase(slots)
-            count += len(slots)
-        return count
+        disk = state.disk or ()
+        return self._withdraw_all(
+            [each for each in doomed if each in state.host],
+            [each for each in doomed if each in disk],
+        )
+
+    def clear_owned(self, owners: Collection[int]) -> int:
+        """Forget the blocks that are charged to `owners`, of `tenants`, in every tier.
+
+        Returns how many copies there were, those on their way left out; O(blocks). What others
+        stored behind them stays, and is found again once somebody stores the blocks before it.
+        """
+        state = self._state
+        host_keys = state.host.keys_of(owners)
+        self._storing.discard_some(self._storing.owned_by(owners))
+        self._onboarding.discard_some(self._onboarding.owned_by(owners))
+        self._offloading.discard_some(self._offloading.owned_by(owners).union(host_keys))
+        return self._withdraw_all(host_keys, state.disk.keys_of(owners) if state.disk else [])
+
+    # -- why -----------------------------------------------------------------------------------
+
+    def note_family(self, family: Family, namespace: bytes) -> None:
+        """Take note that the first block of a prompt was stored in a namespace, given by tag."""
+        self._families.note(family, namespace)
+
+    def why_not_root(
+        self, key: SequenceHash, family: Family, namespace: bytes, *, across_salts: bool = False
+    ) -> str:
+        """Return why `key`, the first block of a prompt, is not kept; empty if it is.
+
+        It may be stored under another namespace, or, if that may be told, under another salt.
+        """
+        state = self._state
+        if key in state.host or (state.disk and key in state.disk):
+            return ""
+        reason = self._why(key, too_late=False, now=state.now)
+        if not reason.startswith("never stored"):
+            return reason
+        found = self._families.find(family, namespace, across_salts=across_salts)
+        return sentence(found, namespace, state.tenants.namespace) if found else reason
 
     # -- time ----------------------------------------------------------------------------------
 
@@ -338,6 +385,11 @@ class Manager:
         return self._state.counters
 
     @property
+    def tenants(self) -> Tenants:
+        """Who stored what; gives out owners."""
+        return self._state.tenants
+
+    @property
     def pending(self) -> int:
         """Blocks and jobs on their way; 0 when the node has nothing left to do."""
         busy = self._onboarding.in_flight + self._storing.in_flight + len(self._state.outbox)
@@ -378,6 +430,19 @@ class Manager:
         self._state.now = now
         self._leasing.expire(now)
         self._retaining.expire(now)
+
+    def _withdraw_all(
+        self, host_keys: Sequence[SequenceHash], disk_keys: Sequence[SequenceHash]
+    ) -> int:
+        state = self._state
+        count = len(state.host.withdraw(host_keys))
+        state.left(host_keys, "cleared", Tier.HOST)
+        if state.disk:
+            slots = state.disk.withdraw(disk_keys, quarantine=True)
+            state.left(disk_keys, "cleared", Tier.DISK)
+            self._onboarding.erase(slots)
+            count += len(slots)
+        return count
 
     def _below(self, key: SequenceHash) -> set[SequenceHash]:
         parents = self._storing.parents() | self._offloading.parents() | self._state.host.parents()

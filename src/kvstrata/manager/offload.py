@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import Tier
+from kvstrata.manager.charging import refused_by_quota, reserve_each
 from kvstrata.manager.retaining import Retaining
 from kvstrata.manager.state import BrainState
 from kvstrata.pool import Pin
@@ -86,6 +87,16 @@ class Offloading:
                 write.stale = True
                 self._writing.difference_update(write.job.keys)
 
+    def owned_by(self, owners: Collection[int]) -> set[SequenceHash]:
+        """Return the keys being written whose disk slots are charged to `owners`."""
+        disk = self._state.disk
+        found: set[SequenceHash] = set()
+        for job in (write.job for write in self._writes.values() if disk):
+            assert disk is not None
+            pairs = zip(job.targets, job.keys, strict=True)
+            found.update(key for slot, key in pairs if disk.owner_of(slot) in owners)
+        return found
+
     def pump(self) -> None:
         """Start as many writes as the limits allow."""
         limits = self._state.limits
@@ -134,25 +145,30 @@ class Offloading:
     def _start(self, keys: list[SequenceHash]) -> None:
         state, host, disk = self._state, self._state.host, self._state.disk
         assert disk is not None
-        count = min(len(keys), disk.available)
-        reservation = disk.reserve(count, keys[:count]) if count else None
-        state.counters.throttled_write_blocks += len(keys) - (count if reservation else 0)
-        if reservation is None:
+        owners = [host.owner_of(slot) for slot in host.match(keys)]
+        targets, evicted = reserve_each(disk, keys, owners)
+        if evicted:
+            state.left(evicted, "evicted", Tier.DISK, state.policy)
+        for key, owner in zip(keys, owners, strict=True):
+            if key not in targets:
+                by_quota = refused_by_quota(disk, 1, owner)
+                state.counters.throttled_quota_blocks += by_quota
+                state.counters.throttled_write_blocks += 1 - by_quota
+        if not targets:
             return
-        if reservation.evicted:
-            state.left(reservation.evicted, "evicted", Tier.DISK, state.policy)
-        del keys[count:]
-        slots = [slot for slot in host.scan(keys) if slot is not None]
+        keys = list(targets)
+        slots = host.match(keys)
         job = WriteJob(
             transfer=state.next_transfer(),
             slots=tuple(slots),
-            targets=tuple(reservation.slots),
+            targets=tuple(targets.values()),
             keys=tuple(keys),
             parents=tuple(host.parent_of(slot) for slot in slots),
             checksums=tuple(state.host_seals[slot] for slot in slots),
             written=self.written + 1,
+            owners=tuple(state.tenants.tag_of(host.owner_of(slot)) for slot in slots),
         )
-        self.written += count
+        self.written += len(keys)
         self._writes[job.transfer] = _Write(job, host.pin(slots, used=False))
         self._writing.update(keys)
         state.outbox.append(job)

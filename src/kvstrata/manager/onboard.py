@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from kvstrata.core.ids import Holder, SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import Tier
+from kvstrata.manager.charging import reserve_prefix
 from kvstrata.manager.state import BrainState
 from kvstrata.pool import Pin
 from kvstrata.transfer.base import EraseJob, JobDone, ReadJob
@@ -74,17 +75,11 @@ class Onboarding:
         state, disk = self._state, self._state.disk
         assert disk is not None
         sources = disk.scan(hashes)
-        count = min(len(hashes), state.host.available)
-        # Leaf-first eviction may refuse what `available` promises: take what it gives.
-        reservation = state.host.reserve(count, hashes[:count]) if count else None
-        while reservation is None and count > 1:
-            count //= 2
-            reservation = state.host.reserve(count, hashes[:count])
-        count = len(reservation.slots) if reservation else 0
-        if reservation is None:
-            return hashes
-        if reservation.evicted:
-            state.left(reservation.evicted, "evicted", Tier.HOST, state.policy)
+        owners = [disk.owner_of(slot) for slot in sources if slot is not None]
+        slots, evicted = reserve_prefix(state.host, hashes, owners)
+        count = len(slots)
+        if evicted:
+            state.left(evicted, "evicted", Tier.HOST, state.policy)
         step = state.limits.job_blocks_max
         for first in range(0, count, step):
             last = min(first + step, count)
@@ -93,7 +88,7 @@ class Onboarding:
             job = ReadJob(
                 state.next_transfer(),
                 tuple(found),
-                tuple(reservation.slots[first:last]),
+                tuple(slots[first:last]),
                 tuple(hashes[first:last]),
             )
             self._reads[job.transfer] = _Read(job, disk.pin(found), deadline, {holder})
@@ -122,6 +117,17 @@ class Onboarding:
         for read in self._reads.values():
             if not set(read.job.keys).isdisjoint(keys):
                 read.stale = True
+
+    def owned_by(self, owners: Collection[int]) -> set[SequenceHash]:
+        """Return the keys being read that `owners` are charged for, here or there."""
+        host, disk = self._state.host, self._state.disk
+        found: set[SequenceHash] = set()
+        for job in (read.job for read in self._reads.values() if disk):
+            assert disk is not None
+            for key, source, slot in zip(job.keys, job.sources, job.slots, strict=True):
+                if host.owner_of(slot) in owners or disk.owner_of(source) in owners:
+                    found.add(key)
+        return found
 
     def finish(self, done: JobDone) -> Staged | None:
         """Take the end of a job; None if it was not one of ours."""

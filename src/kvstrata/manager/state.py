@@ -9,6 +9,7 @@ from kvstrata.core.config import Limits
 from kvstrata.core.ids import SequenceHash, TransferId
 from kvstrata.core.tier import Tier
 from kvstrata.manager.explain import Departure, Departures
+from kvstrata.manager.tenants import Tenants
 from kvstrata.pool import Pool
 from kvstrata.transfer.base import Job
 
@@ -49,6 +50,9 @@ class Counters:
     """Blocks on disk that could not be staged because every host slot was held."""
     throttled_write_blocks: int = 0
     """Blocks not written to disk because its slots were held or the backlog was full."""
+    throttled_quota_blocks: int = 0
+    """Blocks an engine wanted to store, or that were to be written to disk, while what could be
+    evicted was guaranteed to other tenants."""
     throttled_lease_blocks: int = 0
     """Blocks that a lease could not keep because leases have their share of the host."""
     kept_off_disk_blocks: int = 0
@@ -76,6 +80,8 @@ class BrainState:
     """Seal of the block in each host slot; meaningful while the slot is registered."""
     disk_seals: list[bytes]
     """Seal of the block in each disk slot; meaningful while the slot is registered."""
+    tenants: Tenants = field(default_factory=Tenants)
+    """Who stored what."""
     policy: str = "lru"
     """Name of the eviction policy, for those who ask why."""
     counters: Counters = field(default_factory=Counters)
