@@ -11,7 +11,7 @@ from kvstrata.core.config import NodeConfig
 from kvstrata.core.tier import Tier
 from kvstrata.layout import BlockLayout
 from kvstrata.manager import Manager
-from kvstrata.policy import make_policy
+from kvstrata.manager.tenants import Tenants
 from kvstrata.pool import Pool
 from kvstrata.storage.arena import Arena
 from kvstrata.storage.slab import Slab
@@ -37,9 +37,19 @@ class Node:
                 self.slab.close()
             raise
         policy = config.policy
-        host = Pool(self.arena.grid.slots, make_policy(policy), self.arena.generations)
-        disk = Pool(self.slab.grid.slots, make_policy(policy)) if self.slab else None
-        self.manager = Manager(host, disk, config.limits, policy)
+        tenants = Tenants(config.tenants)
+        slots = {Tier.HOST: self.arena.grid.slots}
+        if self.slab:
+            slots[Tier.DISK] = self.slab.grid.slots
+        orders = {
+            each.tier: tenants.policy_for(
+                policy, each.tier.value, each.capacity_bytes, slots[each.tier]
+            )
+            for each in config.tiers
+        }
+        host = Pool(slots[Tier.HOST], orders[Tier.HOST], self.arena.generations)
+        disk = Pool(slots[Tier.DISK], orders[Tier.DISK]) if self.slab else None
+        self.manager = Manager(host, disk, config.limits, policy, tenants)
         if self.slab:
             self.manager.recover(self.slab.recover(), self.slab.floor)
         self._policy = policy
@@ -89,6 +99,7 @@ class Node:
             | {"torn_index_entries": self.slab.torn_entries if self.slab else 0},
             "policy": self._policy,
             "would_have_hit": self.manager.gauges(),
+            **self.manager.tenants.statistics(),
             "tiers": {
                 name: dataclasses.asdict(pool.statistics()) for name, pool in self._pools.items()
             },
