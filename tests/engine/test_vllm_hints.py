@@ -30,9 +30,11 @@ def test_what_is_asked_is_read(hints) -> None:
                 "retention": [{"end": 64, "priority": 90}],
                 "tokens_from": {},
                 "store": False,
+                "tenant": "team",
             }
         }
     )
+    assert found.tenant == "team"
     assert found.retention == [Retention(end=64, priority=90)]
     assert not found.store
 
@@ -40,7 +42,8 @@ def test_what_is_asked_is_read(hints) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [7, {"retention": 3}, {"retention": [{"priority": "high"}]}, {"retention": [{"ttl_s": -1}]},
-     {"stor": True}, {"retention": [{}] * 1025}, {"retention": [{"start": 5, "end": 2}]}],
+     {"stor": True}, {"retention": [{}] * 1025}, {"retention": [{"start": 5, "end": 2}]},
+     {"tenant": 3}, {"tenant": "n" * 257}],
 )  # fmt: skip
 def test_a_wrong_hint_is_logged_and_ignored(wrong, hints, caplog) -> None:
     assert hints.read_hints({"kvstrata": wrong}) == hints.RequestHints()

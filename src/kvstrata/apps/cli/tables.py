@@ -54,7 +54,8 @@ def _print_tenants(console: Console, node: dict[str, Any]) -> None:
     """Print who holds how many slots; nothing where that is one tenant of one model."""
     tiers = list(node["tiers"])
     if len(node["tenants"]) > 1 or any(each["guaranteed"] for each in node["tenants"]):
-        tenants = _slots_table("slots by tenant: held (guaranteed)", ["tenant"], tiers)
+        columns = [f"{tier} (guaranteed)" for tier in tiers]
+        tenants = _slots_table("slots by tenant", ["tenant"], columns)
         for each in node["tenants"]:
             held, sure = each["slots"], each["guaranteed"]
             cells = [
@@ -73,10 +74,10 @@ def _print_tenants(console: Console, node: dict[str, Any]) -> None:
         console.print(spaces)
 
 
-def _slots_table(title: str, names: Sequence[str], tiers: Sequence[str]) -> Table:
+def _slots_table(title: str, names: Sequence[str], counts: Sequence[str]) -> Table:
     table = Table(title=title)
     for name in names:
         table.add_column(name)
-    for tier in tiers:
-        table.add_column(tier, justify="right")
+    for count in counts:
+        table.add_column(count, justify="right")
     return table
