@@ -7,6 +7,7 @@ import time
 import pytest
 
 from kvstrata.core.retention import BlockHint, Retention
+from kvstrata.runtime.admin import AdminClient
 
 pytestmark = pytest.mark.engine
 
@@ -82,3 +83,15 @@ def test_requests_say_how_long_they_are_kept(engine_on, prompts, reference, capl
         assert ask(retention=[{"priority": 101}]) == 128
         assert "retention.priority: 101 is out of range" in caplog.text
         assert ask() == 256  # the wrong hint cost nothing
+
+
+def test_requests_say_who_is_charged(engine_on, prompts, reference):
+    with engine_on({"tiers": "host:64MiB", "tenant": "house"}) as engine:
+        for index, hints in ((2, {"tenant": "guest"}), (1, {})):
+            (answer,) = engine.ask([prompts[index]], sampling=asking(**hints))
+            assert answer.tokens == reference[index]
+        with AdminClient(engine.connector.daemon_address) as admin:
+            rows = admin.stats()["node"]["tenants"]
+        held = {each["tenant"]: each["slots"] for each in rows}
+        assert held.keys() == {"guest", "house"}
+        assert held["guest"] == {"host": 4}  # as many full blocks as the prompt has

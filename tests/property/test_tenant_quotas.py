@@ -340,6 +340,40 @@ def test_what_is_pinned_cannot_be_had_and_what_is_not_can() -> None:
     assert tier.pool.owned() == {0: 70, 1: 30}
 
 
+def test_a_tenant_within_its_guarantee_gives_its_own_last() -> None:
+    """Others hold less for their weight than it does, and they are not guaranteed anything."""
+    tier = Tier(50, 30)
+    with tier.pool.pin(tier.store(2, 60)):
+        tier.store(0, 5)
+        tier.store(1, 40)
+        assert tier.pool.owned() == {1: 40, 2: 60}
+    tier.store(0, 10)
+    assert tier.pool.owned() == {0: 10, 1: 40, 2: 50}
+
+
+def test_a_refusal_leaves_the_order_of_each_group() -> None:
+    pool = Pool(5, policy := TenantPolicy(LruPolicy, [1, 2], [0, 1, 2]))
+    for number, parent, owner in (
+        (1, None, 2),
+        (2, None, 2),
+        (3, None, 2),
+        (4, None, 1),
+        (5, 4, 1),
+    ):
+        found = pool.reserve(1, (), owner)
+        assert found is not None
+        pool.stage(found.slots)
+        pool.register(found.slots, [key(number)], [key(parent) if parent else None])
+    orders = [order._default._order for order in policy.orders]  # type: ignore[attr-defined]
+    with pool.pin(pool.match([key(5)])):
+        before = [list(order) for order in orders]
+        assert before == [[], pool.match([key(4)]), pool.match([key(1), key(2), key(3)])]
+        assert pool.available_to(1) == 2  # 4, and one of the three
+        assert pool.reserve(2, (), 1) is None  # but on 4 hangs 5
+        assert [list(order) for order in orders] == before
+        pool.check()
+
+
 def test_all_guaranteed_leaves_nothing_to_others_once_it_is_used() -> None:
     tier = Tier(60, 40)
     tier.store(0, 50)

@@ -312,10 +312,11 @@ class Manager:
         """
         state = self._state
         host_keys = state.host.keys_of(owners)
+        disk_keys = state.disk.keys_of(owners) if state.disk else []
         self._storing.discard_some(self._storing.owned_by(owners))
-        self._onboarding.discard_some(self._onboarding.owned_by(owners))
+        self._onboarding.discard_some(set(disk_keys))
         self._offloading.discard_some(self._offloading.owned_by(owners).union(host_keys))
-        return self._withdraw_all(host_keys, state.disk.keys_of(owners) if state.disk else [])
+        return self._withdraw_all(host_keys, disk_keys)
 
     # -- why -----------------------------------------------------------------------------------
 

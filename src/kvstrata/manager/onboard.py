@@ -118,17 +118,6 @@ class Onboarding:
             if not set(read.job.keys).isdisjoint(keys):
                 read.stale = True
 
-    def owned_by(self, owners: Collection[int]) -> set[SequenceHash]:
-        """Return the keys being read that `owners` are charged for, here or there."""
-        host, disk = self._state.host, self._state.disk
-        found: set[SequenceHash] = set()
-        for job in (read.job for read in self._reads.values() if disk):
-            assert disk is not None
-            for key, source, slot in zip(job.keys, job.sources, job.slots, strict=True):
-                if host.owner_of(slot) in owners or disk.owner_of(source) in owners:
-                    found.add(key)
-        return found
-
     def finish(self, done: JobDone) -> Staged | None:
         """Take the end of a job; None if it was not one of ours."""
         if slots := self._erasing.pop(done.transfer, None):
