@@ -7,6 +7,7 @@ import time
 import pytest
 
 from kvstrata.core.retention import BlockHint, Retention
+from kvstrata.runtime.admin import AdminClient
 
 pytestmark = pytest.mark.engine
 
@@ -30,9 +31,11 @@ def test_what_is_asked_is_read(hints) -> None:
                 "retention": [{"end": 64, "priority": 90}],
                 "tokens_from": {},
                 "store": False,
+                "tenant": "team",
             }
         }
     )
+    assert found.tenant == "team"
     assert found.retention == [Retention(end=64, priority=90)]
     assert not found.store
 
@@ -40,7 +43,8 @@ def test_what_is_asked_is_read(hints) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [7, {"retention": 3}, {"retention": [{"priority": "high"}]}, {"retention": [{"ttl_s": -1}]},
-     {"stor": True}, {"retention": [{}] * 1025}, {"retention": [{"start": 5, "end": 2}]}],
+     {"stor": True}, {"retention": [{}] * 1025}, {"retention": [{"start": 5, "end": 2}]},
+     {"tenant": 3}, {"tenant": "n" * 257}],
 )  # fmt: skip
 def test_a_wrong_hint_is_logged_and_ignored(wrong, hints, caplog) -> None:
     assert hints.read_hints({"kvstrata": wrong}) == hints.RequestHints()
@@ -79,3 +83,15 @@ def test_requests_say_how_long_they_are_kept(engine_on, prompts, reference, capl
         assert ask(retention=[{"priority": 101}]) == 128
         assert "retention.priority: 101 is out of range" in caplog.text
         assert ask() == 256  # the wrong hint cost nothing
+
+
+def test_requests_say_who_is_charged(engine_on, prompts, reference):
+    with engine_on({"tiers": "host:64MiB", "tenant": "house"}) as engine:
+        for index, hints in ((2, {"tenant": "guest"}), (1, {})):
+            (answer,) = engine.ask([prompts[index]], sampling=asking(**hints))
+            assert answer.tokens == reference[index]
+        with AdminClient(engine.connector.daemon_address) as admin:
+            rows = admin.stats()["node"]["tenants"]
+        held = {each["tenant"]: each["slots"] for each in rows}
+        assert held.keys() == {"guest", "house"}
+        assert held["guest"] == {"host": 4}  # as many full blocks as the prompt has

@@ -316,8 +316,8 @@ class PolicyNotToldOfAPin(Pool):
 class EvictsParents(Pool):
     """Forgets who has children while it makes room."""
 
-    def _evict(self, count: int, coming: Sequence[SequenceHash]) -> list[SequenceHash] | None:
-        slots = self._policy.victims(count, coming)
+    def _evict(self, count: int, coming: Sequence[SequenceHash], owner: int):
+        slots = self._policy.victims(count - len(self._free), coming)
         for slot in slots:
             parent = self._parent[slot]
             if parent is not None:

@@ -63,6 +63,9 @@ def assert_told(done, status: int, *words: str) -> None:
         (["--tiers", "host:1MiB", "--staging-timeout-s", "0"], "staging_timeout_s: "),
         (["--tiers", "host:1MiB", "--offload-priority-min", "101"], "offload_priority_min: "),
         (["--tiers", "host:1MiB", "--secret-file", "/proc/no"], "secret_file: "),
+        (["--tiers", "host:1MiB", "--tenant", "a=lots"], "tenants.a: 'lots'"),
+        (["--tiers", "host:1MiB", "--tenant", "a=disk:1MiB"], "tier 'disk', which"),
+        (["--tiers", "host:1MiB", "--tenant", "a=60%", "--tenant", "b=60%"], "add up to 120.0%"),
     ],
 )
 def test_serve_refuses(command, run_directory, arguments, word) -> None:
@@ -187,3 +190,33 @@ def test_no_arguments_show_help(command) -> None:
     done = command()
     for name in ("serve", "stats", "clear", "demo", "version"):
         assert name in done.stdout + done.stderr
+
+
+def test_tenants_from_the_environment_in_stats_and_in_clear(
+    command, serve, connect, make_blocks
+) -> None:
+    daemon = serve("host:64KiB", "n.sock", KVSTRATA_TENANTS="vip=50%;it's=host:8KiB")
+    for seed, name in enumerate(["vip", ""]):
+        connect(address=daemon.address, tenant=name).put(*make_blocks(seed, 2))
+    at = ["--address", daemon.address]
+    said = command("stats", *at)
+    half = json.loads(command("stats", "--json", *at).stdout)["node"]["tenants"][0]["guaranteed"]
+    assert "slots by tenant" in said.stdout
+    assert f"2 ({half['host']})" in said.stdout
+    assert "(default)" in said.stdout
+    assert_told(command("clear", "--tenant", "who", *at), 2, "tenant: nothing of 'who' is kept")
+    assert "known here: '' (the default), vip" in command("clear", "--tenant", "who", *at).stderr
+    assert_told(command("clear", "--namespace", "who", *at), 2, "nothing of 'who' is kept")
+    assert_told(command("clear", "--tier", "host", "--tenant", "vip", *at), 2, "in every tier")
+    assert command("clear", "--tenant", "vip", *at).stdout == "2 blocks forgotten\n"
+    assert command("clear", "--namespace", "default", *at).stdout == "2 blocks forgotten\n"
+
+
+def test_two_namespaces_are_told_apart_in_stats(command, serve, connect, make_blocks) -> None:
+    daemon = serve()
+    for name in ("llama", "[qwen]"):
+        connect(address=daemon.address, namespace=name).put(*make_blocks(1, 2))
+    said = command("stats", "--address", daemon.address).stdout
+    assert "slots by namespace" in said
+    assert "llama" in said
+    assert "[qwen]" in said

@@ -21,6 +21,7 @@ BLOCKS = st.builds(
     parent=st.none() | HASHES,
     checksum=HASHES,
     written=st.integers(0, (1 << 64) - 1),
+    owner=HASHES,
 )
 LENGTHS = st.integers(1, 1 << 30)
 BLOCK = StoredBlock(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from kvstrata.core.errors import ConfigError
+from kvstrata.core.tenants import TENANT_NAME_MAX, Guarantee, TenantConfig, check_tenants
 from kvstrata.core.tier import Admission, TierKind, TierName
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "NodeConfig",
     "TierConfig",
     "parse_bytes",
+    "parse_tenants",
     "parse_tiers",
     "tier_names",
 ]
@@ -102,6 +104,14 @@ class NodeConfig:
     """Bounds of queues, waits and batches."""
     policy: str = "lru"
     """Eviction policy of every tier, by name."""
+    tenants: tuple[TenantConfig, ...] = ()
+    """Tenants with a guarantee; all others share what these leave."""
+    explain_across_salts: bool = False
+    """Whether a client may learn that a prompt is stored under a salt that is not its own."""
+
+    def __post_init__(self) -> None:
+        sizes = [tier.capacity_bytes for tier in self.tiers]
+        check_tenants(self.tenants, list(zip(tier_names(self.tiers), sizes, strict=True)))
 
     @property
     def host(self) -> TierConfig:
@@ -200,3 +210,49 @@ def _split_admission(text: str) -> tuple[str, Admission]:
     if last in {each.value for each in Admission}:
         return before, Admission(last)
     return text, Admission.WRITE_THROUGH
+
+
+def parse_tenants(texts: Iterable[str]) -> tuple[TenantConfig, ...]:
+    """Return the tenants of texts like `NAME=30%` and `NAME=host:8GiB,disk:20%`.
+
+    Raises ConfigError for a text that says no share and no size; `check_tenants` says the rest.
+    """
+    return tuple(_parse_tenant(text.strip()) for text in texts if text.strip())
+
+
+def _parse_tenant(text: str) -> TenantConfig:
+    name, equals, rest = text.rpartition("=")
+    parts = [part.strip() for part in rest.split(",") if part.strip()]
+    if not equals or not parts or len(name) > TENANT_NAME_MAX:
+        raise ConfigError(
+            f"tenants: {text!r} guarantees nothing to a tenant",
+            hint="write NAME=30% for a share of each tier, or NAME=host:8GiB,disk:100GiB",
+        )
+    found = [_parse_guarantee(part, name) for part in parts]
+    tiers = [guarantee.tier for guarantee in found]
+    if len(set(tiers)) != len(tiers) or (len(tiers) > 1 and "" in tiers):
+        raise ConfigError(
+            f"tenants: {text!r} says more than one thing about the same tier",
+            hint="name each tier once, or write one share for all of them",
+        )
+    return TenantConfig(name, tuple(found))
+
+
+def _parse_guarantee(text: str, name: str) -> Guarantee:
+    tier, _, size = text.rpartition(":")
+    if size.endswith("%"):
+        try:
+            share = float(size[:-1]) / 100
+        except ValueError:
+            share = -1.0
+        if not 0 < share <= 1:  # NaN is neither
+            raise ConfigError(
+                f"tenants.{name}: {size!r} is not a share", hint="write 1% to 100%, or a size"
+            )
+        return Guarantee(tier, share=share)
+    if not tier:
+        raise ConfigError(
+            f"tenants.{name}: {text!r} names no tier for its size",
+            hint="write host:8GiB for a size in one tier, or 30% for a share of each",
+        )
+    return Guarantee(tier, size_bytes=parse_bytes(size, field=f"tenants.{name}"))

@@ -28,7 +28,7 @@ class Departure:
 
     what: str
     """`evicted`, `cleared`, `corrupt`, `read failed`, `seal failed`, `not stored, no slot free`,
-    `time to live ended`."""
+    `not stored, quota`, `time to live ended`."""
     tier: TierName
     """Where."""
     at: float

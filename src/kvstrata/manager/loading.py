@@ -111,7 +111,7 @@ class Loading:
         why = ""
         if missing := _missing(chains, found, ready):
             too_late = bool(late and (behind.to_stage or behind.coming))
-            why = self._why(missing, too_late=too_late)
+            why = "too slow" if too_late else self.why(missing)
         return LookupAnswer(ready, staged, 0, 0.0, why)
 
     def acquire(
@@ -224,10 +224,8 @@ class Loading:
             or state.below(key) is not None
         )
 
-    def _why(self, key: SequenceHash, *, too_late: bool) -> str:
-        """Return why `key` is not ready, most telling reason first."""
-        if too_late:
-            return "too slow"
+    def why(self, key: SequenceHash) -> str:
+        """Return why `key` is not in the host, most telling reason first."""
         below = self._state.below(key)
         if below is not None:
             return f"on {below.name}, no host slot free"

@@ -10,7 +10,7 @@ Repeating a call doubles nothing. A refused call changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstrata.core.config import Limits
@@ -21,13 +21,16 @@ from kvstrata.manager.explain import DEPARTURES_MAX, Departures, Gauges
 from kvstrata.manager.groups import WHOLE, split
 from kvstrata.manager.leasing import Leasing
 from kvstrata.manager.loading import AcquireAnswer, Loading, LookupAnswer
+from kvstrata.manager.mismatch import FAMILIES_MAX, Families, sentence
 from kvstrata.manager.offload import Offloading
 from kvstrata.manager.onboard import Onboarding
 from kvstrata.manager.retaining import Retaining
 from kvstrata.manager.state import BrainState, Counters, LowerTier
 from kvstrata.manager.storing import Storing
+from kvstrata.manager.tenants import Tenants
 from kvstrata.pool import Pool
 from kvstrata.storage.base import StoredBlock
+from kvstrata.tokens.family import Family
 from kvstrata.transfer.base import Job, JobDone
 
 __all__ = ["AcquireAnswer", "LookupAnswer", "Manager", "ReserveAnswer"]
@@ -54,13 +57,15 @@ class Manager:
         lower: Sequence[LowerTier],
         limits: Limits,
         policy: str | None = None,
+        tenants: Tenants | None = None,
         *,
         bypass: bool = False,
     ) -> None:
         """Take over empty pools; `lower` are the tiers below the host, nearest first.
 
         `policy` names what the pools evict by; with it, gauges tell what others would have hit.
-        With `bypass` the host keeps each block from eviction until the tier below has it.
+        `tenants` has made the pools' policies, if there are guarantees. With `bypass` the host
+        keeps each block from eviction until the tier below has it.
         """
         slots = host.slots_total + sum(tier.pool.slots_total for tier in lower)
         self._state = BrainState(
@@ -69,6 +74,7 @@ class Manager:
             lower=tuple(lower),
             limits=limits,
             policy=policy or "",
+            tenants=tenants or Tenants(),
             host_seals=[b""] * host.slots_total,
         )
         self._onboarding = Onboarding(self._state)
@@ -76,6 +82,8 @@ class Manager:
         self._offloading = Offloading(self._state, self._retaining, self._onboarding, bypass=bypass)
         self._storing = Storing(self._state)
         self._leasing = Leasing(self._state)
+        self._state.tenants.watch(dict(self._state.pools()))
+        self._families = Families(min(max(slots, 1024), FAMILIES_MAX))
         self._gauges = Gauges(host.slots_total, policy) if policy else None
         self._loading = Loading(self._state, self._onboarding, self._storing, self._gauges)
 
@@ -88,7 +96,10 @@ class Manager:
         newest_first = sorted(blocks, key=lambda block: -block.written)
         for block in newest_first:
             lower.seals[block.slot] = block.checksum
-        lower.pool.adopt([block.slot for block in newest_first])
+        recall = self._state.tenants.recall
+        lower.pool.adopt(
+            [block.slot for block in newest_first], [recall(block.owner) for block in newest_first]
+        )
         lower.pool.register(
             [block.slot for block in newest_first],
             [block.key for block in newest_first],
@@ -155,17 +166,19 @@ class Manager:
         hashes: Sequence[SequenceHash],
         hints: Sequence[BlockHint] = (),
         now: float = 0.0,
+        owner: int = 0,
     ) -> ReserveAnswer:
         """Give out slots for the blocks of a chain that the host does not hold.
 
-        `parent` is the key before `hashes[0]`, None at the root. `hints` say how long blocks of
-        the chain are to be kept, those that the tiers hold already too. Raises ValueError, and
-        changes nothing, for a hint that reaches beyond the chain.
+        `parent` is the key before `hashes[0]`, None at the root. `owner`, one of `tenants`, is
+        charged for the slots, and takes none from a tenant that has no more than its guarantee.
+        `hints` say how long blocks of the chain are to be kept, those that the tiers hold already
+        too. Raises ValueError, and changes nothing, for a hint that reaches beyond the chain.
         """
         if any(hint.first + hint.count > len(hashes) for hint in hints):
             raise ValueError(f"hints: one reaches beyond the {len(hashes)} blocks offered")
         self._pass_time(max(now, self._state.now))
-        indices, slots, throttled = self._storing.reserve(holder, parent, hashes)
+        indices, slots, throttled = self._storing.reserve(holder, parent, hashes, owner)
         self._retaining.agree(parent, hashes, [hashes[index] for index in indices], hints)
         return ReserveAnswer(indices, slots, throttled)
 
@@ -225,11 +238,44 @@ class Manager:
         self._onboarding.discard_some(doomed)
         self._offloading.discard_some(doomed)
         keys = [each for each in doomed if each in state.host]
-        count = len(state.host.withdraw(keys))
-        state.left(keys, "cleared", HOST)
-        for tier in state.lower:
-            count += self._onboarding.withdraw(tier, list(doomed), "cleared")
-        return count
+        return self._withdraw_all(keys, {tier.name: list(doomed) for tier in state.lower})
+
+    def clear_owned(self, owners: Collection[int]) -> int:
+        """Forget the blocks that are charged to `owners`, of `tenants`, in every tier.
+
+        Returns how many copies there were, those on their way left out; O(blocks). What others
+        stored behind them stays, and is found again once somebody stores the blocks before it.
+        """
+        state = self._state
+        host_keys = state.host.keys_of(owners)
+        below = {tier.name: tier.pool.keys_of(owners) for tier in state.lower}
+        everywhere = {key for keys in (host_keys, *below.values()) for key in keys}
+        self._storing.discard_some(self._storing.owned_by(owners))
+        self._onboarding.discard_some(everywhere)
+        self._offloading.discard_some(self._offloading.owned_by(owners) | everywhere)
+        return self._withdraw_all(host_keys, below)
+
+    # -- why -----------------------------------------------------------------------------------
+
+    def note_family(self, family: Family, namespace: bytes) -> None:
+        """Take note that the first block of a prompt was stored in a namespace, given by tag."""
+        self._families.note(family, namespace)
+
+    def why_not_root(
+        self, key: SequenceHash, family: Family, namespace: bytes, *, across_salts: bool = False
+    ) -> str:
+        """Return why `key`, the first block of a prompt, is not kept; empty if it is.
+
+        It may be stored under another namespace, or, if that may be told, under another salt.
+        """
+        state = self._state
+        if key in state.host or state.below(key) is not None:
+            return ""
+        reason = self._loading.why(key)
+        if not reason.startswith("never stored"):
+            return reason
+        found = self._families.find(family, namespace, across_salts=across_salts)
+        return sentence(found, namespace, state.tenants.namespace) if found else reason
 
     # -- time ----------------------------------------------------------------------------------
 
@@ -292,6 +338,11 @@ class Manager:
         return len(self._loading)
 
     @property
+    def tenants(self) -> Tenants:
+        """Who stored what; gives out owners."""
+        return self._state.tenants
+
+    @property
     def leases(self) -> int:
         """Leases that have not ended."""
         return len(self._leasing)
@@ -311,6 +362,16 @@ class Manager:
         self._state.now = now
         self._leasing.expire(now)
         self._retaining.expire(now)
+
+    def _withdraw_all(
+        self, host_keys: Sequence[SequenceHash], below: Mapping[TierName, Sequence[SequenceHash]]
+    ) -> int:
+        state = self._state
+        count = len(state.host.withdraw(host_keys))
+        state.left(host_keys, "cleared", HOST)
+        for tier in state.lower:
+            count += self._onboarding.withdraw(tier, below[tier.name], "cleared")
+        return count
 
     def _behind(self, key: SequenceHash) -> set[SequenceHash]:
         parents = self._storing.parents() | self._offloading.parents()

@@ -18,6 +18,7 @@ from functools import partial
 
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import HOST, Admission, TierName
+from kvstrata.manager.charging import refused_by_quota, reserve_each
 from kvstrata.manager.onboard import Onboarding
 from kvstrata.manager.relay import Arrived, Relaying
 from kvstrata.manager.retaining import Retaining
@@ -64,6 +65,7 @@ class _Going:
     keys: list[SequenceHash]
     parents: list[SequenceHash | None]
     slots: list[SlotId]
+    owners: list[int]
     end: Callable[[], None]
     relayed_from: TierName = HOST
 
@@ -141,6 +143,15 @@ class Offloading:
         found = self._relaying.parents()
         for write in self._writes.values():
             found |= zip(write.job.keys, write.job.parents, strict=True)
+        return found
+
+    def owned_by(self, owners: Collection[int]) -> set[SequenceHash]:
+        """Return the keys on their way whose slots are charged to `owners`."""
+        found = self._relaying.owned_by(owners)
+        for write in self._writes.values():
+            of = write.edge.tier.pool.owner_of
+            pairs = zip(write.job.targets, write.job.keys, strict=True)
+            found.update(key for slot, key in pairs if of(slot) in owners)
         return found
 
     def pump(self) -> None:
@@ -251,7 +262,8 @@ class Offloading:
         slots = [slot for slot in host.scan(keys) if slot is not None]
         pin = host.pin(slots, used=False)
         parents = [host.parent_of(slot) for slot in slots]
-        self._start(edge, _Going(keys, parents, slots, pin.release))
+        owners = list(map(host.owner_of, slots))
+        self._start(edge, _Going(keys, parents, slots, owners, pin.release))
 
     def _go_on(self, arrived: Arrived) -> None:
         """Write what was relayed into the host's slots to where it was going."""
@@ -260,34 +272,40 @@ class Offloading:
         edge.let_go(arrived.lost)
         if not arrived.keys:
             return
-        slots = arrived.slots
-        end = partial(self._state.host.abort, slots)
-        going = _Going(arrived.keys, arrived.parents, slots, end, arrived.source)
+        host, slots = self._state.host, arrived.slots
+        owners = list(map(host.owner_of, slots))
+        end = partial(host.abort, slots)
+        going = _Going(arrived.keys, arrived.parents, slots, owners, end, arrived.source)
         self._start(edge, going)
 
     def _start(self, edge: _Edge, going: _Going) -> None:
-        state, tier, keys = self._state, edge.tier, going.keys
-        count = min(len(keys), tier.pool.available)
-        reservation = tier.pool.reserve(count, keys[:count]) if count else None
-        rest = keys[count:] if reservation else keys
-        state.counters.throttled_write_blocks += len(rest)
+        state, tier = self._state, edge.tier
+        targets, evicted = reserve_each(tier.pool, going.keys, going.owners)
+        state.evicted(evicted, tier.name)
+        left = [place for place, key in enumerate(going.keys) if key not in targets]
+        for place in left:
+            by_quota = refused_by_quota(tier.pool, 1, going.owners[place])
+            state.counters.throttled_quota_blocks += by_quota
+            state.counters.throttled_write_blocks += 1 - by_quota
+        rest = [going.keys[place] for place in left]
         edge.writing.difference_update(rest)
-        if reservation is None:
+        if not targets:
             going.end()
         else:
-            state.evicted(reservation.evicted, tier.name)
-            slots = going.slots[:count]
+            places = [place for place, key in enumerate(going.keys) if key in targets]
+            slots = [going.slots[place] for place in places]
             job = WriteJob(
                 transfer=state.next_transfer(),
                 tier=tier.name,
                 slots=tuple(slots),
-                targets=tuple(reservation.slots),
-                keys=tuple(keys[:count]),
-                parents=tuple(going.parents[:count]),
+                targets=tuple(targets.values()),
+                keys=tuple(targets),
+                parents=tuple(going.parents[place] for place in places),
                 checksums=tuple(state.host_seals[slot] for slot in slots),
                 written=tier.written + 1,
+                owners=tuple(state.tenants.tag_of(going.owners[place]) for place in places),
             )
-            tier.written += count
+            tier.written += len(slots)
             self._writes[job.transfer] = _Write(job, edge, going.end, going.relayed_from)
             state.outbox.append(job)
         edge.let_go(rest)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from kvstrata.core.ids import Holder, SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import HOST, TierName
+from kvstrata.manager.charging import reserve_prefix
 from kvstrata.manager.state import BrainState, LowerTier
 from kvstrata.pool import Pin
 from kvstrata.transfer.base import EraseJob, JobDone, ReadJob
@@ -80,18 +81,11 @@ class Onboarding:
         read from the nearest tier that has it.
         """
         state = self._state
-        count = min(len(hashes), state.host.available)
-        # Leaf-first eviction may refuse what `available` promises: take what it gives.
-        reservation = state.host.reserve(count, hashes[:count]) if count else None
-        while reservation is None and count > 1:
-            count //= 2
-            reservation = state.host.reserve(count, hashes[:count])
-        if reservation is None:
-            return hashes
-        state.evicted(reservation.evicted, HOST)
+        reserved, evicted = reserve_prefix(state.host, hashes, list(map(self.owner_of, hashes)))
+        state.evicted(evicted, HOST)
         first = 0
-        for tier, keys in self.batches(hashes[:count]):
-            slots = reservation.slots[first : first + len(keys)]
+        for tier, keys in self.batches(hashes[: len(reserved)]):
+            slots = reserved[first : first + len(keys)]
             first += len(keys)
             found = tier.slots_of(keys)
             job = ReadJob(state.next_transfer(), tier.name, tuple(found), tuple(slots), tuple(keys))
@@ -99,7 +93,14 @@ class Onboarding:
             self._reads[job.transfer] = _Read(job, tier, pin, deadline, {holder})
             self._reading.update(dict.fromkeys(job.keys, job.transfer))
             state.outbox.append(job)
-        return hashes[count:]
+        return hashes[len(reserved) :]
+
+    def owner_of(self, key: SequenceHash) -> int:
+        """Return who is charged for `key`, which lies below the host, where it is read from."""
+        tier = self._state.below(key)
+        assert tier is not None, "a block to stage is nowhere"
+        (slot,) = tier.slots_of([key])
+        return tier.pool.owner_of(slot)
 
     def batches(
         self, hashes: Sequence[SequenceHash]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import HOST, TierName
+from kvstrata.manager.charging import reserve_prefix
 from kvstrata.manager.onboard import Onboarding
 from kvstrata.manager.state import BrainState, LowerTier
 from kvstrata.pool import Pin
@@ -63,15 +64,13 @@ class Relaying:
     def start(self, target: LowerTier, keys: Sequence[SequenceHash]) -> list[SequenceHash]:
         """Read `keys`, each of which some lower tier has, for `target`; return those refused."""
         state, host = self._state, self._state.host
-        count = min(len(keys), state.limits.relay_blocks_max - self.blocks, host.available)
-        reservation = host.reserve(count) if count > 0 else None
-        if reservation is None:
-            state.counters.throttled_relay_blocks += len(keys)
-            return list(keys)
-        state.evicted(reservation.evicted, HOST)
+        wanted = keys[: max(state.limits.relay_blocks_max - self.blocks, 0)]
+        owners = list(map(self._onboarding.owner_of, wanted))
+        reserved, evicted = reserve_prefix(host, wanted, owners)
+        state.evicted(evicted, HOST)
         first = 0
-        for source, run in self._onboarding.batches(keys[:count]):
-            slots = reservation.slots[first : first + len(run)]
+        for source, run in self._onboarding.batches(keys[: len(reserved)]):
+            slots = reserved[first : first + len(run)]
             first += len(run)
             found = source.slots_of(run)
             job = ReadJob(
@@ -81,8 +80,8 @@ class Relaying:
             pin = source.pool.pin(found, used=False)
             self._relays[job.transfer] = _Relay(job, source, target, parents, pin)
             state.outbox.append(job)
-        state.counters.throttled_relay_blocks += len(keys) - count
-        return list(keys[count:])
+        state.counters.throttled_relay_blocks += len(keys) - len(reserved)
+        return list(keys[len(reserved) :])
 
     def finish(self, done: JobDone) -> Arrived | None:
         """Take the end of a job; None if it was not one of ours."""
@@ -119,6 +118,13 @@ class Relaying:
         for relay in self._relays.values():
             if not set(relay.job.keys).isdisjoint(keys):
                 relay.stale = True
+
+    def owned_by(self, owners: Collection[int]) -> set[SequenceHash]:
+        """Return the keys being read whose host slots are charged to `owners`."""
+        of = self._state.host.owner_of
+        jobs = [relay.job for relay in self._relays.values()]
+        pairs = [pair for job in jobs for pair in zip(job.slots, job.keys, strict=True)]
+        return {key for slot, key in pairs if of(slot) in owners}
 
     def parents(self) -> dict[SequenceHash, SequenceHash | None]:
         """Return the parent key of every key that is being read."""

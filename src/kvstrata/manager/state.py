@@ -9,6 +9,7 @@ from kvstrata.core.config import Limits
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import HOST, Admission, TierName
 from kvstrata.manager.explain import Departure, Departures
+from kvstrata.manager.tenants import Tenants
 from kvstrata.pool import Pool
 from kvstrata.transfer.base import Job
 
@@ -53,6 +54,9 @@ class Counters:
     """Blocks not written to a tier because its slots were held or its backlog was full."""
     throttled_relay_blocks: int = 0
     """Blocks not carried from one lower tier to the next because no host slot was free for it."""
+    throttled_quota_blocks: int = 0
+    """Blocks an engine wanted to store, or that were to be written to a tier, while what could be
+    evicted was guaranteed to other tenants."""
     throttled_lease_blocks: int = 0
     """Blocks that a lease could not keep because leases have their share of the host."""
     kept_in_host_blocks: int = 0
@@ -106,6 +110,8 @@ class BrainState:
     """Bounds of queues, waits and batches."""
     host_seals: list[bytes]
     """Seal of the block in each host slot; meaningful while the slot is registered."""
+    tenants: Tenants = field(default_factory=Tenants)
+    """Who stored what."""
     policy: str = "lru"
     """Name of the eviction policy, for those who ask why."""
     counters: Counters = field(default_factory=Counters)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId, TransferId
 from kvstrata.core.tier import HOST
+from kvstrata.manager.charging import refused_by_quota, reserve_most
 from kvstrata.manager.state import BrainState
 from kvstrata.transfer.base import JobDone, SealJob
 
@@ -57,7 +58,11 @@ class Storing:
         return key in self._coming
 
     def reserve(
-        self, holder: Holder, parent: SequenceHash | None, hashes: Sequence[SequenceHash]
+        self,
+        holder: Holder,
+        parent: SequenceHash | None,
+        hashes: Sequence[SequenceHash],
+        owner: int = 0,
     ) -> tuple[list[int], list[SlotId], int]:
         """Return (indices, slots, throttled); see `Manager.reserve`."""
         host = self._state.host
@@ -72,20 +77,17 @@ class Storing:
                 for index, slot in enumerate(found)
                 if slot is None and hashes[index] not in self._coming
             ]
-            count = min(len(wanted), host.available)
-            coming = [hashes[index] for index in wanted[:count]]
-            reservation = host.reserve(count, coming) if count else None
-            while reservation is None and count > 1:
-                count //= 2
-                reservation = host.reserve(count, coming[:count])
-        slots = reservation.slots if reservation else []
-        if reservation:
-            self._state.evicted(reservation.evicted, HOST)
-        throttled = len(wanted) - len(slots)
+            reservation = reserve_most(host, [hashes[index] for index in wanted], owner)
+            slots = reservation.slots
+            throttled = len(wanted) - len(slots)
+            by_quota = refused_by_quota(host, throttled, owner)
+        self._state.evicted(reservation.evicted, HOST)
         if throttled:
             refused = [hashes[index] for index in wanted[len(slots) :]]
-            self._state.left(refused, "not stored, no slot free", HOST)
-        self._state.counters.throttled_reserve_blocks += throttled
+            reason = "quota" if by_quota else "no slot free"
+            self._state.left(refused, f"not stored, {reason}", HOST)
+        self._state.counters.throttled_quota_blocks += by_quota
+        self._state.counters.throttled_reserve_blocks += throttled - by_quota
         del wanted[len(slots) :]
         for index, slot in zip(wanted, slots, strict=True):
             before = hashes[index - 1] if index else parent
@@ -170,6 +172,15 @@ class Storing:
                 seal.stale = True
                 self._coming.difference_update(seal.job.keys)
                 self._sealing.difference_update(seal.job.keys)
+
+    def owned_by(self, owners: Collection[int]) -> set[SequenceHash]:
+        """Return the keys being filled or sealed whose slots are charged to `owners`."""
+        of = self._state.host.owner_of
+        found = {fill.key for slot, fill in self._fills.items() if of(slot) in owners}
+        for seal in self._seals.values():
+            pairs = zip(seal.job.slots, seal.job.keys, strict=True)
+            found.update(key for slot, key in pairs if of(slot) in owners)
+        return found
 
     def finish(self, done: JobDone) -> list[SequenceHash] | None:
         """Take the end of a job; None if not ours, else the keys now registered."""

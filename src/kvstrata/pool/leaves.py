@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kvstrata.core.ids import SequenceHash, SlotId
-from kvstrata.policy import RankedPolicy
+from kvstrata.policy import RankedPolicy, TenantPolicy
 
 __all__ = ["PIECE", "Leaves"]
 
@@ -24,7 +24,7 @@ class Leaves:
 
     def __init__(
         self,
-        policy: RankedPolicy,
+        policy: RankedPolicy | TenantPolicy,
         slot_of: dict[SequenceHash, SlotId],
         hashes: list[SequenceHash | None],
         parents: list[SequenceHash | None],

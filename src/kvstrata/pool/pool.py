@@ -9,67 +9,24 @@ Leaf-first, which leaves.py sees to: no block is evicted while a resident block 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Collection, Iterable, Sequence
 
 from kvstrata.core.ids import SequenceHash, SlotId
-from kvstrata.policy import EvictionPolicy, RankedPolicy
+from kvstrata.policy import EvictionPolicy, RankedPolicy, TenantPolicy
 from kvstrata.pool.ahead import Ahead
 from kvstrata.pool.leaves import PIECE, Leaves
+from kvstrata.pool.owners import Owners
 from kvstrata.pool.pins import Pin
+from kvstrata.pool.records import Generations, PoolStatistics, Reservation
+from kvstrata.pool.shares import Chains, Shares
 from kvstrata.pool.states import LEGAL_MOVES, SlotState
 
-__all__ = ["Generations", "Pool", "PoolStatistics", "Reservation"]
+__all__ = ["Pool"]
 
 # As plain ints, which the interpreter compares faster than members of an IntEnum.
 _FREE, _FILLING, _STAGED = int(SlotState.FREE), int(SlotState.FILLING), int(SlotState.STAGED)
 
 _REGISTERED, _QUARANTINED = int(SlotState.REGISTERED), int(SlotState.QUARANTINED)
-
-
-class Generations(Protocol):
-    """One counter a slot: a list, or memory that readers in other processes see."""
-
-    def __getitem__(self, slot: int, /) -> int:
-        """Return the counter of `slot`."""
-
-    def __setitem__(self, slot: int, value: int, /) -> None:
-        """Set the counter of `slot`."""
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStatistics:
-    """One snapshot; free + filling + staged + idle + in_use + quarantined == total, always."""
-
-    total: int
-    """Slots that the tier has."""
-    free: int
-    """Slots that hold nothing."""
-    filling: int
-    """Slots being written."""
-    staged: int
-    """Slots whose bytes are complete and not yet findable."""
-    idle: int
-    """Findable blocks that nobody pins."""
-    in_use: int
-    """Findable blocks that somebody pins."""
-    quarantined: int
-    """Slots that may be neither found nor reused."""
-    evictions: int
-    """Blocks evicted to make room since the pool was made."""
-    duplicates: int
-    """Second copies of a key that were dropped at registration."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Slots given out for writing, and the keys that lost theirs for it."""
-
-    slots: list[SlotId]
-    """The slots, now `filling`."""
-    evicted: list[SequenceHash]
-    """Keys that are no longer in this tier."""
 
 
 class Pool:
@@ -90,7 +47,8 @@ class Pool:
             raise ValueError(f"a pool needs at least 1 slot, not {slots_total}")
         self.slots_total = slots_total
         self.generations: Generations = [0] * slots_total if generations is None else generations
-        self._policy = RankedPolicy(policy)
+        shared = policy if isinstance(policy, TenantPolicy) else None
+        self._policy = RankedPolicy(policy) if shared is None else shared
         self._state = bytearray(slots_total)
         self._free = [SlotId(slot) for slot in range(slots_total - 1, -1, -1)]
         self._hash: list[SequenceHash | None] = [None] * slots_total
@@ -102,6 +60,15 @@ class Pool:
         self._evictions = 0
         self._duplicates = 0
         self._policy.bind(slots_total, self._hash)
+        self._owners = Owners(
+            slots_total, self._occupied, None if shared is None else shared.groups
+        )
+        self._shares: Shares | None = None
+        if shared is not None:
+            leaves = self._leaves
+            shared.bind_owners(self._owners)
+            chains = Chains(leaves.children, self._parent, leaves.add_child, leaves.drop_child)
+            self._shares = Shares(shared, self._owners, chains)
 
     # -- finding -------------------------------------------------------------------------------
 
@@ -167,6 +134,28 @@ class Pool:
     def ready_to_go(self) -> int:
         """Slots that a reservation takes before it asks the policy: free, or given up ahead."""
         return len(self._free) + self._ahead.idle
+
+    def available_to(self, owner: int) -> int:
+        """Slots that a reservation for `owner` may hope for, guarantees of others respected."""
+        if self._shares is None:
+            return self.available
+        ahead = self._shares.allowed(owner, self._ahead.first(self._ahead.idle), 0)
+        return len(self._free) + len(ahead) + self._shares.idle_for(owner)
+
+    # -- owners --------------------------------------------------------------------------------
+
+    def owner_of(self, slot: SlotId) -> int:
+        """Return who is charged for a slot that is not free."""
+        return self._owners.of(slot)
+
+    def owned(self) -> dict[int, int]:
+        """Return how many slots each owner occupies, pinned, filling and quarantined ones too."""
+        return self._owners.counts()
+
+    def keys_of(self, owners: Collection[int]) -> list[SequenceHash]:
+        """Return the findable keys that are charged to `owners`; O(blocks)."""
+        of = self._owners.of
+        return [key for key, slot in self._slot_of.items() if of(slot) in owners]
 
     # -- pinning -------------------------------------------------------------------------------
 
@@ -252,16 +241,19 @@ class Pool:
 
     # -- writing -------------------------------------------------------------------------------
 
-    def reserve(self, count: int, coming: Sequence[SequenceHash] = ()) -> Reservation | None:
+    def reserve(
+        self, count: int, coming: Sequence[SequenceHash] = (), owner: int = 0
+    ) -> Reservation | None:
         """Return `count` slots to fill, evicting if need be, or None and nothing changed.
 
         `coming` are the keys that the slots are for, root first, as far as known: some policies
-        choose better for them.
+        choose better for them. `owner` is charged for the slots until they are free again.
         """
-        free = self._free
+        free, owners = self._free, self._owners
         evicted: list[SequenceHash] = []
+        owners.meet(owner)
         if count > len(free):
-            made_room = self._evict(count - len(free), coming[::-1])
+            made_room = self._evict(count, coming[::-1], owner)
             if made_room is None:
                 return None
             evicted = made_room
@@ -272,15 +264,25 @@ class Pool:
         for slot in slots:
             generations[slot] += 1
         self._move(slots, _FREE, _FILLING)
+        owners.take(slots, owner)
         return Reservation(slots, evicted)
 
-    def adopt(self, slots: Sequence[SlotId]) -> None:
-        """Take these free `slots` to staged: their tier kept the bytes over a restart."""
+    def adopt(self, slots: Sequence[SlotId], owners: Sequence[int] = ()) -> None:
+        """Take these free `slots` to staged: their tier kept the bytes over a restart.
+
+        `owners` has one for each slot; without it they are owner 0's.
+        """
         wanted = set(slots)
         assert len(wanted) == len(slots), "a slot was adopted twice"
         self._move(slots, _FREE, _FILLING)
         self._move(slots, _FILLING, _STAGED)
+        charged: dict[int, list[SlotId]] = {}
+        for slot, owner in zip(slots, owners or [0] * len(slots), strict=True):
+            charged.setdefault(owner, []).append(slot)
+        self._owners.meet_all(charged)
         self._free = [slot for slot in self._free if slot not in wanted]
+        for owner, theirs in charged.items():
+            self._owners.take(theirs, owner)
 
     def stage(self, slots: Sequence[SlotId]) -> None:
         """Declare the bytes of filling `slots` complete."""
@@ -292,6 +294,7 @@ class Pool:
             state = self._state[slot]
             assert state in {_FILLING, _STAGED}, f"abort of {slot=} {state=}"
             self._move([slot], state, _FREE)
+        self._owners.drop(slots)
         self._free += slots
 
     def register(
@@ -322,6 +325,7 @@ class Pool:
             above = last_slot if parent is last_key else slot_of.get(parent)  # type: ignore[arg-type]
             last_key, last_slot = key, holder
             if holder != slot:
+                self._owners.drop([slot])
                 state[slot] = _FREE
                 self._free.append(slot)
                 self._duplicates += 1
@@ -400,7 +404,8 @@ class Pool:
         chosen: list[SlotId] = []
         count = min(count, len(self._policy))
         while count and not chosen:
-            chosen = self._leaves.take(count, ()) or []
+            shares = self._shares
+            chosen = (shares.give_up(count) if shares else self._leaves.take(count, ())) or []
             count //= 2
         for slot in chosen:
             self._pins[slot] += 1
@@ -463,6 +468,7 @@ class Pool:
         ahead = sum(not self._pins[slot] for slot in self._slot_of.values() if slot in self._ahead)
         assert self._ahead.idle == ahead, "count of blocks given up"
         assert len(self._policy) + ahead == idle, f"policy holds {len(self._policy)} of {idle} idle"
+        self._owners.check([SlotId(slot) for slot, at in enumerate(self._state) if at != _FREE])
         for index, state in enumerate(self._state):
             held = self._pins[index] > 0
             legal = held if state == _QUARANTINED else (not held or state == _REGISTERED)
@@ -484,6 +490,7 @@ class Pool:
 
     def _free_now(self, slots: Sequence[SlotId]) -> None:
         self._move(slots, _QUARANTINED, _FREE)
+        self._owners.drop(slots)
         self._free += slots
 
     def _unregister(self, slot: SlotId) -> None:
@@ -499,11 +506,26 @@ class Pool:
             self._parent[slot] = None
             self._leaves.drop_child(parent)
 
-    def _evict(self, count: int, coming: Sequence[SequenceHash]) -> list[SequenceHash] | None:
-        """Free the slots of `count` idle leaves, coldest first, or change nothing."""
-        leaves = self._leaves
-        ahead = self._ahead.first(count) if self._ahead else []
-        chosen = leaves.take(count - len(ahead), coming) if len(ahead) < count else []
+    def _occupied(self) -> int:
+        return self.slots_total - len(self._free)
+
+    def _evict(
+        self, count: int, coming: Sequence[SequenceHash], owner: int
+    ) -> list[SequenceHash] | None:
+        """Free idle leaves, coldest first, until `count` slots are free, or change nothing."""
+        lacking = count - len(self._free)
+        shares = None if self._owners.table is None else self._shares
+        ahead: list[SlotId] = []
+        if self._ahead:
+            ahead = self._ahead.first(self._ahead.idle if shares else lacking)
+            if shares:
+                ahead = shares.allowed(owner, ahead, count)[:lacking]
+        lacking -= len(ahead)
+        chosen: list[SlotId] | None = []
+        if lacking and shares:
+            chosen = shares.evict(owner, lacking, count, coming, ahead)
+        elif lacking:
+            chosen = self._leaves.take(lacking, coming)
         if chosen is None:
             return None
         for slot in ahead:
@@ -520,6 +542,7 @@ class Pool:
         for slot in slots:
             hashes[slot] = parents[slot] = None
             state[slot] = _FREE
+        self._owners.drop(slots)
         self._free += slots
         self._evictions += len(slots)
         return keys

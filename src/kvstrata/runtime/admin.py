@@ -37,9 +37,20 @@ class AdminClient:
         """Return counters and tier states."""
         return self._link.call(wire.Stats(), wire.StatsAnswer, self._timeout_s).stats
 
-    def clear(self, tiers: Sequence[str] = ()) -> int:
-        """Forget every block in `tiers`, or in all of them; return how many there were."""
-        return self._link.call(wire.Clear(list(tiers)), wire.Cleared, self._timeout_s).blocks
+    def clear(
+        self,
+        tiers: Sequence[str] = (),
+        *,
+        namespace: str = "",
+        tenant: str | None = None,
+    ) -> int:
+        """Forget every block in `tiers`, or in all of them; return how many there were.
+
+        With a `namespace`, by model name or tag in hexadecimal, or a `tenant`, only what is
+        theirs, and in every tier. Raises ConfigError if nothing of theirs is kept.
+        """
+        message = wire.Clear(list(tiers), namespace, tenant)
+        return self._link.call(message, wire.Cleared, self._timeout_s).blocks
 
     def wait_idle(self, timeout_s: float) -> None:
         """Wait until nothing is on its way between tiers; CallTimeoutError if that takes longer."""

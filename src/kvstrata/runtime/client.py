@@ -14,12 +14,14 @@ from kvstrata.core.config import BLOCK_TOKENS_DEFAULT, NodeConfig, parse_tiers
 from kvstrata.core.errors import ConfigError, DaemonGoneError
 from kvstrata.core.ids import SequenceHash
 from kvstrata.core.retention import HINTS_MAX, Retention
+from kvstrata.core.tenants import TENANT_NAME_MAX
 from kvstrata.layout import BlockLayout, Dimension
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.admin import wait_until_idle
 from kvstrata.runtime.session import Session, SessionLimits
 from kvstrata.storage.arena import Arena
 from kvstrata.tokens import Namespace, lineage_digests, sequence_hashes
+from kvstrata.tokens.family import Family, FamilyKey, family_of
 from kvstrata.tokens.lineage import TokenIds
 from kvstrata.tokens.namespace import ModelKey, NamespaceKey, salted_key
 
@@ -50,15 +52,21 @@ class Client:
         block_tokens: int = BLOCK_TOKENS_DEFAULT,
         namespace: str = "default",
         salt: str = "",
+        tenant: str = "",
         tiers: str = "host:256MiB",
         address: str | None = None,
         limits: SessionLimits | None = None,
     ) -> None:
         """Connect to the daemon at `address`, or start a private one with `tiers`.
 
-        `namespace` names what the arrays are (a model and its revision); `salt` a tenant. Raises
+        `namespace` names what the arrays are (a model and its revision); what is stored under
+        one `salt` is not found under another. `tenant` is who is charged for what is stored. Raises
         ConfigError for a setting that cannot be served, DaemonError if no daemon answers.
         """
+        if len(tenant) > TENANT_NAME_MAX:
+            raise ConfigError(
+                f"tenant: a name of {len(tenant)} characters", hint=f"at most {TENANT_NAME_MAX}"
+            )
         self._dtype = _dtype(dtype)
         shape = tuple(int(size) for size in block_shape)
         self._layout = BlockLayout(
@@ -82,7 +90,7 @@ class Client:
             ),
             limits,
         )
-        self._salt = salt
+        self._salt, self._tenant = salt, tenant
         self._requests = map(str, itertools.count())
         self._session.open()
         self._epoch = 0
@@ -112,9 +120,12 @@ class Client:
         hashes = self._hashes(tokens)
         request = next(self._requests)
         self._wait_ready(request, hashes)
-        answer = self._session.lookup(request, hashes).why
+        found = self._session.lookup(request, hashes)
         self._session.release([request])
-        return answer
+        family = self._family(tokens)
+        if family and not found.ready and found.why.startswith("never stored"):
+            return self._session.why(hashes[0], family) or found.why
+        return found.why
 
     def put(
         self, tokens: TokenIds, blocks: ArrayLike, *, retention: Sequence[Retention] = ()
@@ -141,7 +152,9 @@ class Client:
         request = next(self._requests)
         ranges = [each.hint(self._layout.block_tokens, len(hashes)) for each in retention]
         hints = [hint for hint in ranges if hint is not None]
-        reserved = self._session.reserve(request, None, hashes, hints)
+        reserved = self._session.reserve(
+            request, None, hashes, hints, self._tenant, self._family(tokens)
+        )
         for index, slot in zip(reserved.indices, reserved.slots, strict=True):
             self._slot_array(slot)[...] = arrays[index]
         self._session.seal(request, reserved.slots)
@@ -253,6 +266,14 @@ class Client:
     def _hashes(self, tokens: TokenIds) -> list[SequenceHash]:
         digests = lineage_digests(tokens, self._layout.block_tokens)
         return sequence_hashes(self._key, digests)
+
+    def _family(self, tokens: TokenIds) -> Family | None:
+        """Return the family of a prompt, None if it has no full block."""
+        welcome, size = self._session.welcome, self._layout.block_tokens
+        first = lineage_digests(tokens[:size], size)
+        if welcome is None or not first:
+            return None
+        return family_of(FamilyKey(welcome.family_key), first[0], self._salt)
 
     def _wait_ready(self, request: str, hashes: Sequence[SequenceHash]) -> int:
         """Return how many leading blocks are in the host; the daemon bounds the waiting."""

@@ -16,9 +16,11 @@ import msgspec
 from kvstrata.core.errors import CallRefusedError
 from kvstrata.core.ids import HASH_BYTES, SequenceHash
 from kvstrata.core.retention import HINTS_MAX, BlockHint
+from kvstrata.core.tenants import TAG_BYTES, TENANT_NAME_MAX
 from kvstrata.layout import BlockLayout
 from kvstrata.storage.arena import ArenaAddress
 from kvstrata.tokens import Namespace
+from kvstrata.tokens.family import FAMILY_BYTES, Family
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -26,6 +28,7 @@ __all__ = [
     "Acquire",
     "Acquired",
     "Answer",
+    "Because",
     "Bye",
     "Call",
     "Clear",
@@ -49,10 +52,12 @@ __all__ = [
     "Stats",
     "StatsAnswer",
     "Welcome",
+    "Why",
     "decode_envelope",
     "decode_reply",
     "encode",
     "join_hashes",
+    "split_family",
     "split_hashes",
 ]
 
@@ -66,6 +71,8 @@ _Hashes: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=HASH_BYTES << 18)]
 _Hints: TypeAlias = Annotated[list[BlockHint], msgspec.Meta(max_length=HINTS_MAX)]
 _Window: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 30)]
 _Windows: TypeAlias = Annotated[tuple[_Window, ...], msgspec.Meta(min_length=1, max_length=64)]
+_Tenant: TypeAlias = Annotated[str, msgspec.Meta(max_length=TENANT_NAME_MAX)]
+_Family: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=FAMILY_BYTES)]
 _Slots: TypeAlias = list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]]
 
 
@@ -158,6 +165,10 @@ class Reserve(_Message, frozen=True):
     """Keys of the blocks, joined."""
     hints: _Hints = []
     """How long blocks among them are to be kept."""
+    tenant: _Tenant = ""
+    """Who is charged for the slots; the empty name is a tenant too."""
+    family: _Family = b""
+    """At the root: tags of the prompt and of its salt, joined; else empty."""
 
 
 class Seal(_Message, frozen=True):
@@ -178,11 +189,24 @@ class Abort(_Message, frozen=True):
     """The slots."""
 
 
+class Why(_Message, frozen=True):
+    """Asks why the first block of a prompt is not kept."""
+
+    key: Annotated[bytes, msgspec.Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
+    """Its key."""
+    family: _Family
+    """Tags of the prompt and of its salt, joined."""
+
+
 class Clear(_Message, frozen=True):
-    """Forgets every block in some tiers."""
+    """Forgets every block in some tiers, or in all tiers what a namespace or a tenant stored."""
 
     tiers: list[str]
     """Names of the tiers; empty for all."""
+    namespace: Annotated[str, msgspec.Meta(max_length=512)] = ""
+    """Only what was stored in this one: a model's name, or a tag in hexadecimal; empty for any."""
+    tenant: _Tenant | None = None
+    """Only what this one is charged for; None for any."""
 
 
 class Forget(_Message, frozen=True):
@@ -211,6 +235,8 @@ class Welcome(_Message, frozen=True):
     """From which the caller derives its tenants' namespace keys."""
     arena: ArenaAddress
     """The host tier, to map."""
+    family_key: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    """Under which the caller makes tags of prompts and salts (`tokens.family`)."""
 
 
 class Found(_Message, frozen=True):
@@ -259,6 +285,13 @@ class Reserved(_Message, frozen=True):
     """Wanted blocks for which there is no slot now."""
 
 
+class Because(_Message, frozen=True):
+    """Answer to `Why`."""
+
+    why: str
+    """In words; empty if the block is kept."""
+
+
 class Cleared(_Message, frozen=True):
     """Answer to `Clear`."""
 
@@ -298,13 +331,23 @@ Call: TypeAlias = (
     | Reserve
     | Seal
     | Abort
+    | Why
     | Clear
     | Forget
     | Stats
     | Bye
 )
 Answer: TypeAlias = (
-    Welcome | Found | Acquired | Leased | Reserved | Cleared | StatsAnswer | Done | Refused
+    Welcome
+    | Found
+    | Acquired
+    | Leased
+    | Reserved
+    | Because
+    | Cleared
+    | StatsAnswer
+    | Done
+    | Refused
 )
 
 
@@ -376,3 +419,10 @@ def split_hashes(joined: bytes) -> list[SequenceHash]:
     if len(set(hashes)) != len(hashes):
         raise CallRefusedError("hashes: the same hash is named twice")
     return hashes
+
+
+def split_family(joined: bytes) -> Family:
+    """Return the family in a run of bytes; raises CallRefusedError for a broken length."""
+    if len(joined) != FAMILY_BYTES:
+        raise CallRefusedError(f"family: {len(joined)} bytes are not {FAMILY_BYTES}")
+    return Family(joined[:TAG_BYTES], joined[TAG_BYTES:])

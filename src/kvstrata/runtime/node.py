@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any
 
-from kvstrata.core.config import NodeConfig
+from kvstrata.core.config import NodeConfig, tier_names
 from kvstrata.core.tier import HOST, TierName
 from kvstrata.layout import BlockLayout
 from kvstrata.manager import LowerTier, Manager
-from kvstrata.policy import make_policy
+from kvstrata.manager.tenants import Tenants
 from kvstrata.pool import Pool
 from kvstrata.storage.arena import Arena
 from kvstrata.storage.slab import Slab
@@ -45,18 +45,26 @@ class Node:
         self._waiting: deque[Job] = deque()
 
     def _make_manager(self, config: NodeConfig) -> Manager:
-        policy = config.policy
-        host = Pool(self.arena.grid.slots, make_policy(policy), self.arena.generations)
+        policy, tenants = config.policy, Tenants(config.tenants)
+        slots = {HOST: self.arena.grid.slots}
+        slots |= {name: slab.grid.slots for name, slab in self._slabs.items()}
+        orders = {
+            name: tenants.policy_for(policy, name, tier.capacity_bytes, slots[name])
+            for name, tier in zip(tier_names(config.tiers), config.tiers, strict=True)
+        }
+        host = Pool(slots[HOST], orders[HOST], self.arena.generations)
         self._lower = [
             LowerTier(
                 name,
-                Pool(self._slabs[name].grid.slots, make_policy(policy)),
+                Pool(slots[name], orders[name]),
                 tier.admission,
             )
             for name, tier in config.lower.items()
         ]
         self._host = host
-        manager = Manager(host, self._lower, config.limits, policy, bypass=config.host.bypass)
+        manager = Manager(
+            host, self._lower, config.limits, policy, tenants, bypass=config.host.bypass
+        )
         for name, slab in self._slabs.items():
             manager.recover(slab.recover(), slab.floor, name)
         return manager
@@ -107,6 +115,7 @@ class Node:
             | {"torn_index_entries": sum(slab.torn_entries for slab in self._slabs.values())},
             "policy": self._policy,
             "would_have_hit": self.manager.gauges(),
+            **self.manager.tenants.statistics(),
             "tiers": {HOST: self._host_statistics()}
             | {
                 tier.name: dataclasses.asdict(tier.pool.statistics())

@@ -26,6 +26,8 @@ from kvstrata.runtime.addresses import check_address, socket_path
 from kvstrata.runtime.node import Node
 from kvstrata.runtime.process import ProcessWatch
 from kvstrata.runtime.secret import load_secret
+from kvstrata.tokens.family import family_key
+from kvstrata.tokens.namespace import namespace_tag
 
 __all__ = ["NodeServer"]
 
@@ -39,6 +41,7 @@ _MESSAGE_BYTES_MAX = 16 << 20
 @dataclass(slots=True)
 class _Session:
     watches: list[ProcessWatch]
+    namespace: bytes  # its tag
     closed: bool = False
 
     def fence(self, processes: list[wire.Process]) -> None:
@@ -208,7 +211,7 @@ class NodeServer:
             case wire.Stats():
                 return wire.StatsAnswer(self._statistics())
             case wire.Clear():
-                return wire.Cleared(self._clear(call.tiers))
+                return wire.Cleared(self._clear(call))
             case wire.Bye():
                 return self._bye(session)
             case _:
@@ -231,19 +234,38 @@ class NodeServer:
                 staged = dict(got.staged.items())
                 return wire.Acquired(got.blocks, list(got.slots), got.generations, staged)
             case wire.Reserve():
-                if len(call.parent) not in (0, HASH_BYTES):
-                    raise CallRefusedError(f"parent: {len(call.parent)} bytes are not one hash")
-                hashes = wire.split_hashes(call.parent + call.hashes)
-                parent = hashes.pop(0) if call.parent else None
-                slots = manager.reserve(
-                    Holder(session, call.request), parent, hashes, call.hints, now
+                return self._reserve(manager, Holder(session, call.request), call, now)
+            case wire.Why():
+                family = wire.split_family(call.family)
+                reason = manager.why_not_root(
+                    SequenceHash(call.key),
+                    family,
+                    known.namespace,
+                    across_salts=self._config.explain_across_salts,
                 )
-                return wire.Reserved(slots.indices, list(slots.slots), slots.throttled)
+                return wire.Because(reason)
             case wire.Fence():
                 known.fence(call.processes)
                 return wire.Done()
             case _:
                 return self._carry_out(manager, session, call, now)
+
+    def _reserve(
+        self, manager: Manager, holder: Holder, call: wire.Reserve, now: float
+    ) -> wire.Reserved:
+        if len(call.parent) not in (0, HASH_BYTES):
+            raise CallRefusedError(f"parent: {len(call.parent)} bytes are not one hash")
+        if call.family and call.parent:
+            raise CallRefusedError("family: only the first block of a prompt has one")
+        family = wire.split_family(call.family) if call.family else None
+        hashes = wire.split_hashes(call.parent + call.hashes)
+        parent = hashes.pop(0) if call.parent else None
+        namespace = self._sessions[holder.session].namespace
+        owner = manager.tenants.owner(namespace, call.tenant)
+        slots = manager.reserve(holder, parent, hashes, call.hints, now, owner)
+        if family and slots.throttled < len(hashes):  # else there was no room for the first one
+            manager.note_family(family, namespace)
+        return wire.Reserved(slots.indices, list(slots.slots), slots.throttled)
 
     def _carry_out(
         self, manager: Manager, session: SessionId, call: wire.Call, now: float
@@ -275,7 +297,8 @@ class NodeServer:
             )
         if call.namespace.block_tokens != call.layout.block_tokens:
             raise CallRefusedError("block_tokens: namespace and layout differ")
-        opened = _Session([])
+        model_key = call.namespace.model_key(self._secret)
+        opened = _Session([], namespace_tag(model_key))
         opened.fence(call.processes)
         caller = opened.watches[0]
         try:
@@ -289,11 +312,13 @@ class NodeServer:
             self._bye(SessionId(call.replaces))
         session = SessionId(secrets.randbits(52) + 1)
         self._sessions[session] = opened
+        node.manager.tenants.meet_namespace(opened.namespace, call.namespace)
         return wire.Welcome(
             session=session,
             pid=os.getpid(),
-            model_key=call.namespace.model_key(self._secret),
+            model_key=model_key,
             arena=node.arena.address,
+            family_key=family_key(self._secret),
         )
 
     def _node_for(self, call: wire.Hello, caller: ProcessWatch) -> Node:
@@ -318,14 +343,14 @@ class NodeServer:
                 self._forget(session, known)
         return wire.Done()
 
-    def _clear(self, names: list[str]) -> int:
+    def _clear(self, call: wire.Clear) -> int:
         known = tier_names(self._config.tiers)
-        unknown = [name for name in names if name not in known]
+        unknown = [name for name in call.tiers if name not in known]
         if unknown:
             raise ConfigError(
                 f"tiers: unknown tier {unknown[0]!r}", hint=f"this daemon has {', '.join(known)}"
             )
-        wanted = [name for name in known if not names or name in names]
+        wanted = [name for name in known if not call.tiers or name in call.tiers]
         if self._node is None:
             below = [name for name in wanted if name in self._config.lower]
             if below:
@@ -335,7 +360,15 @@ class NodeServer:
                     f"or delete the slab in {where!r} with the daemon stopped"
                 )
             return 0
-        return self._node.clear(wanted)
+        if not call.namespace and call.tenant is None:
+            return self._node.clear(wanted)
+        if call.tiers:
+            raise ConfigError(
+                "tiers: what a namespace or a tenant stored is forgotten in every tier",
+                hint="leave the tiers out",
+            )
+        manager = self._node.manager
+        return manager.clear_owned(manager.tenants.matching(call.namespace, call.tenant))
 
     def _statistics(self) -> dict[str, object]:
         return {

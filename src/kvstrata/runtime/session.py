@@ -30,6 +30,7 @@ from kvstrata.runtime.launch import PrivateDaemon
 from kvstrata.runtime.link import Link, expect
 from kvstrata.runtime.process import start_ticks
 from kvstrata.tokens import Namespace
+from kvstrata.tokens.family import Family
 
 __all__ = ["Session", "SessionLimits"]
 
@@ -173,10 +174,18 @@ class Session:
         parent: SequenceHash | None,
         hashes: Sequence[SequenceHash],
         hints: Sequence[BlockHint] = (),
+        tenant: str = "",
+        family: Family | None = None,
     ) -> wire.Reserved:
-        """See `Manager.reserve`."""
-        message = wire.Reserve(request, parent or b"", wire.join_hashes(hashes), list(hints))
+        """See `Manager.reserve`; `family` only at the root, for those who ask why it missed."""
+        tags = b"".join(family) if family and parent is None else b""
+        joined = wire.join_hashes(hashes)
+        message = wire.Reserve(request, parent or b"", joined, list(hints), tenant, tags)
         return self.call(message, wire.Reserved)
+
+    def why(self, key: SequenceHash, family: Family) -> str:
+        """See `Manager.why_not_root`."""
+        return self.call(wire.Why(key, b"".join(family)), wire.Because).why
 
     def seal(self, request: str, slots: Sequence[int]) -> None:
         """See `Manager.seal`."""

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from kvstrata.core.ids import SequenceHash, SlotId
+from kvstrata.core.tenants import NO_TAG
 
-__all__ = ["FileRegion", "MemoryRegion", "Region", "SlotGrid", "StoredBlock", "TierStore", "align"]
+__all__ = [
+    "NOBODY",
+    "FileRegion",
+    "MemoryRegion",
+    "Region",
+    "SlotGrid",
+    "StoredBlock",
+    "TierStore",
+    "align",
+]
 
 PAGE_BYTES = 4096
+NOBODY: Final = 2 * NO_TAG
+"""The owner of a block that nobody in particular stored, or of whom that is not known."""
 
 
 def align(size_bytes: int) -> int:
@@ -69,6 +81,8 @@ class StoredBlock:
     """Seal of its bytes (`storage.seal`), 16 bytes."""
     written: int
     """Rises with every write to the store; orders blocks by age after a restart."""
+    owner: bytes = NOBODY
+    """Who is charged for it: tags of a namespace and of a tenant, 8 bytes each."""
 
 
 class TierStore(Protocol):

@@ -1,9 +1,12 @@
 """One line of a slab's index: 128 bytes that say which block a slot holds.
 
-    magic 8 | written 8 | key 16 | parent 16 | seal 16 | length 8 | flags 4 | zeros | crc32 4
+    magic 8 | written 8 | key 16 | parent 16 | seal 16 | length 8 | flags 4
+    | namespace 8 | tenant 8 | zeros | crc32 4
 
-All integers little-endian; the CRC covers everything before it. A line that is blank means an
-empty slot; one that is torn or of another version means the same, and is counted.
+The tags of namespace and tenant say who is charged for the block; zeros, as in lines of before
+there were tenants, mean nobody. All integers little-endian; the CRC covers everything before it. A
+line that is blank means an empty slot; one that is torn or of another version means the same, and
+is counted.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ ENTRY_BYTES: Final = 128
 BLANK_ENTRY: Final = bytes(ENTRY_BYTES)
 """The line of an empty slot."""
 
-_BODY: Final = struct.Struct("<8sQ16s16s16sQI")
+_BODY: Final = struct.Struct("<8sQ16s16s16sQI16s")
 _CRC: Final = struct.Struct("<I")
 _MAGIC: Final = b"KVSENTR1"
 _HAS_PARENT: Final = 1
@@ -40,6 +43,7 @@ def encode_entry(block: StoredBlock, block_bytes: int) -> bytes:
         block.checksum,
         block_bytes,
         flags,
+        block.owner,
     )
     body += _PADDING
     return body + _CRC.pack(crc32(body))
@@ -49,7 +53,7 @@ def decode_entry(line: bytes, slot: SlotId, block_bytes: int) -> StoredBlock | N
     """Return what `line` says of `slot`, or None if it is blank, torn or not ours."""
     if len(line) != ENTRY_BYTES or _CRC.unpack_from(line, ENTRY_BYTES - 4)[0] != crc32(line[:-4]):
         return None
-    magic, written, key, parent, checksum, length, flags = _BODY.unpack_from(line)
+    magic, written, key, parent, checksum, length, flags, owner = _BODY.unpack_from(line)
     if magic != _MAGIC or length != block_bytes:
         return None
     return StoredBlock(
@@ -58,4 +62,5 @@ def decode_entry(line: bytes, slot: SlotId, block_bytes: int) -> StoredBlock | N
         parent=SequenceHash(parent) if flags & _HAS_PARENT else None,
         checksum=checksum,
         written=written,
+        owner=owner,
     )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from kvstrata.core.ids import Holder, SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import HOST, TierName
 from kvstrata.pool import Pool
-from kvstrata.storage.base import StoredBlock
+from kvstrata.storage.base import NOBODY, StoredBlock
 from kvstrata.transfer.base import EraseJob, Job, JobDone, ReadJob, SealJob, WriteJob
 
 __all__ = ["GARBAGE", "Content", "Disk", "Flight", "Ledger", "Line", "Luck", "Mover", "seal_of"]
@@ -305,7 +305,8 @@ class Mover:
             return False  # new bytes under an old line
         written = job.written + len(job.slots) - 1 - place
         key, parent, mark = job.keys[place], job.parents[place], job.checksums[place]
-        block = StoredBlock(target, key, parent, mark, written)
+        owner = job.owners[place] if job.owners else NOBODY
+        block = StoredBlock(target, key, parent, mark, written, owner)
         tick = ledger.births[job.transfer]
         disk.lines[target] = None if fate == "torn line" else Line(block, tick)
         return fate == "good"

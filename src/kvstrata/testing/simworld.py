@@ -168,15 +168,24 @@ class SimWorld:
     def _start_daemon(self) -> None:
         names = policy_names()
         name = names[self.seed % len(names)]
-        self._host = Pool(HOST_SLOTS, make_policy(name))
-        self._lower = {tier: Pool(DISK_SLOTS[tier], make_policy(name)) for tier in self._admissions}
+        self._host = self._make_pool(HOST, HOST_SLOTS, name)
+        self._lower = {
+            tier: self._make_pool(tier, DISK_SLOTS[tier], name) for tier in self._admissions
+        }
         lower = [
             LowerTier(tier, self._lower[tier], admission)
             for tier, admission in self._admissions.items()
         ]
-        self._manager = Manager(self._host, lower, LIMITS, name, bypass=self._bypass)
+        self._manager = self._make_manager(lower, name)
         for tier, disk in self._ledger.disks.items():
             self._manager.recover(disk.recoverable(), disk.floor, tier)
+
+    def _make_pool(self, tier: TierName, slots: int, policy: str) -> Pool:
+        del tier
+        return Pool(slots, make_policy(policy))
+
+    def _make_manager(self, lower: list[LowerTier], policy: str) -> Manager:
+        return Manager(self._host, lower, LIMITS, policy, bypass=self._bypass)
 
     def _crash(self) -> None:
         """End the daemon between any two writes of any job, and start another one."""

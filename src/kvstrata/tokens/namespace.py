@@ -20,8 +20,16 @@ from typing import Final, NewType
 from blake3 import blake3
 
 from kvstrata.core.ids import HASH_BYTES, LineageDigest, SequenceHash
+from kvstrata.core.tenants import TAG_BYTES
 
-__all__ = ["ModelKey", "Namespace", "NamespaceKey", "salted_key", "sequence_hashes"]
+__all__ = [
+    "ModelKey",
+    "Namespace",
+    "NamespaceKey",
+    "namespace_tag",
+    "salted_key",
+    "sequence_hashes",
+]
 
 NamespaceKey = NewType("NamespaceKey", bytes)
 """32 bytes under which one tenant's digests become sequence hashes."""
@@ -61,6 +69,14 @@ class Namespace:
             ("block_tokens", str(self.block_tokens)),
         )
         return ModelKey(blake3(_encode(fields), key=secret).digest())
+
+
+def namespace_tag(model_key: ModelKey) -> bytes:
+    """Return the 8 bytes by which a daemon names the namespace of this key; nothing is found by it.
+
+    Tenants of one model, whatever their salts, are in one namespace here.
+    """
+    return blake3(b"namespace tag", key=model_key).digest(TAG_BYTES)
 
 
 def salted_key(model_key: ModelKey, salt: str) -> NamespaceKey:

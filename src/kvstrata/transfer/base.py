@@ -136,6 +136,8 @@ class WriteJob:
     """The seal of each."""
     written: int
     """Write counter of the last block; earlier ones, nearer the root, count up from it."""
+    owners: tuple[bytes, ...] = ()
+    """For each block the tag of who is charged for it; empty for nobody."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from kvstrata.core.config import Limits
 from kvstrata.core.ids import SequenceHash, TransferId
 from kvstrata.core.tier import TierName
 from kvstrata.storage.arena import Arena
-from kvstrata.storage.base import MemoryRegion, StoredBlock
+from kvstrata.storage.base import NOBODY, MemoryRegion, StoredBlock
 from kvstrata.storage.entry import BLANK_ENTRY, ENTRY_BYTES, encode_entry
 from kvstrata.storage.slab import Slab
 from kvstrata.transfer.backends.posix import PosixBackend
@@ -205,6 +205,7 @@ class Executor:
                     parent=job.parents[index],
                     checksum=job.checksums[index],
                     written=job.written + last - index,
+                    owner=job.owners[index] if job.owners else NOBODY,
                 ),
                 slab.grid.block_bytes,
             )

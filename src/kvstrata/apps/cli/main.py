@@ -88,6 +88,17 @@ def serve(
     offload_priority_min: Annotated[
         int | None, typer.Option(help="Blocks of a lower priority stay in the host.")
     ] = None,
+    tenant: Annotated[
+        list[str] | None,
+        typer.Option(help="Guarantee, may be repeated: NAME=30% or NAME=host:8GiB,disk:100GiB."),
+    ] = None,
+    explain_across_salts: Annotated[
+        bool | None,
+        typer.Option(
+            "--explain-across-salts",
+            help="Let clients learn that a prompt is stored under another salt.",
+        ),
+    ] = None,
 ) -> None:
     """Run the node daemon until it is told to end; KVSTRATA_TIERS and the like set defaults."""
     from kvstrata.runtime import daemon
@@ -100,6 +111,8 @@ def serve(
         "secret_file": secret_file,
         "staging_timeout_s": staging_timeout_s,
         "offload_priority_min": offload_priority_min,
+        "tenants": ";".join(tenant) if tenant else None,
+        "explain_across_salts": explain_across_salts,
     }
     settings = ServeSettings.read(given)
     config = settings.node_config()
@@ -136,10 +149,17 @@ def clear(
     tier: Annotated[
         list[str] | None, typer.Option(help="host, disk, ...; may be given again. Default: all.")
     ] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Only what this tenant is charged for, in every tier.")
+    ] = None,
+    namespace: Annotated[
+        str, typer.Option(help="Only what was stored for this model, by name or tag.")
+    ] = "",
 ) -> None:
-    """Forget every kept block of a daemon."""
+    """Forget every kept block of a daemon, or those of a tenant or a namespace."""
     with AdminClient(address or default_address()) as admin:
-        typer.echo(f"{admin.clear(tier or ())} blocks forgotten")
+        blocks = admin.clear(tier or (), namespace=namespace, tenant=tenant)
+    typer.echo(f"{blocks} blocks forgotten")
 
 
 TraceFile = Annotated[Path, typer.Argument(help="A trace; docs/guides/replay.md lists formats.")]

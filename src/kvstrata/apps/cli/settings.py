@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from kvstrata.core.config import Limits, NodeConfig, parse_tiers
+from kvstrata.core.config import Limits, NodeConfig, parse_tenants, parse_tiers
 from kvstrata.core.errors import ConfigError
 from kvstrata.runtime.addresses import check_address, default_address
 
@@ -32,6 +32,10 @@ class ServeSettings(BaseSettings):
     """Longest wait of a request for its blocks to come from disk, in seconds."""
     offload_priority_min: int = Field(default=0, ge=0, le=100)
     """Blocks of a lower priority than this, and those behind them, are not written to disk."""
+    tenants: str = ""
+    """Tenants with a guarantee, `;` between them: `a=30%;b=host:8GiB,disk:100GiB`."""
+    explain_across_salts: bool = False
+    """Whether a client may learn that a prompt is stored under a salt that is not its own."""
     transfer_threads: int = Field(default=2, ge=1, le=64)
     """Threads that move bytes to and from disk."""
     checksum_threads: int = Field(default=1, ge=1, le=64)
@@ -47,6 +51,12 @@ class ServeSettings(BaseSettings):
     def _tiers(cls, tiers: str) -> str:
         parse_tiers(tiers)
         return tiers
+
+    @field_validator("tenants")
+    @classmethod
+    def _tenants(cls, tenants: str) -> str:
+        parse_tenants(tenants.split(";"))
+        return tenants
 
     @classmethod
     def read(cls, given: dict[str, Any]) -> Self:
@@ -76,6 +86,8 @@ class ServeSettings(BaseSettings):
             tiers=parse_tiers(self.tiers),
             secret_file=str(self.secret_file) if self.secret_file else None,
             policy=self.policy,
+            tenants=parse_tenants(self.tenants.split(";")),
+            explain_across_salts=self.explain_across_salts,
             limits=Limits(
                 staging_timeout_s=self.staging_timeout_s,
                 offload_priority_min=self.offload_priority_min,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["print_stats"]
 
@@ -42,6 +44,7 @@ def print_stats(stats: dict[str, Any]) -> None:
     for tier, counts in node["tiers"].items():
         tiers.add_row(tier, *(str(counts[name]) for name in names))
     console.print(tiers)
+    _print_tenants(console, node)
     if node["would_have_hit"]:
         gauges = Table(title=f"blocks the host tier would have hit (policy {node['policy']})")
         gauges.add_column("policy x size")
@@ -55,3 +58,36 @@ def print_stats(stats: dict[str, Any]) -> None:
     for name, count in node["counters"].items():
         counters.add_row(name.replace("_", " "), str(count))
     console.print(counters)
+
+
+def _print_tenants(console: Console, node: dict[str, Any]) -> None:
+    """Print who holds how many slots; nothing where that is one tenant of one model."""
+    tiers = list(node["tiers"])
+    if len(node["tenants"]) > 1 or any(each["guaranteed"] for each in node["tenants"]):
+        columns = [f"{tier} (guaranteed)" for tier in tiers]
+        tenants = _slots_table("slots by tenant", ["tenant"], columns)
+        for each in node["tenants"]:
+            held, sure = each["slots"], each["guaranteed"]
+            cells = [
+                f"{held.get(tier, 0)} ({sure[tier]})" if tier in sure else str(held.get(tier, 0))
+                for tier in tiers
+            ]
+            tenants.add_row(Text(each["tenant"] or "(default)"), *cells)
+        console.print(tenants)
+        if node["tenants_not_shown"]:
+            console.print(f"and {node['tenants_not_shown']} tenants more", highlight=False)
+    if len(node["namespaces"]) > 1:
+        spaces = _slots_table("slots by namespace", ["tag", "model"], tiers)
+        for each in node["namespaces"]:
+            counts = (str(each["slots"].get(tier, 0)) for tier in tiers)
+            spaces.add_row(each["tag"], Text(each["model"] or "(unknown)"), *counts)
+        console.print(spaces)
+
+
+def _slots_table(title: str, names: Sequence[str], counts: Sequence[str]) -> Table:
+    table = Table(title=title)
+    for name in names:
+        table.add_column(name)
+    for count in counts:
+        table.add_column(count, justify="right")
+    return table

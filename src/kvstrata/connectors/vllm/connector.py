@@ -65,7 +65,11 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
         session = Session(settings.where, layout, namespace, settings.session_limits)
         session.open()
         self._scheduler = SchedulerHalf(
-            session, cache, layout, enabled=bool(vllm_config.cache_config.enable_prefix_caching)
+            session,
+            cache,
+            layout,
+            enabled=bool(vllm_config.cache_config.enable_prefix_caching),
+            tenant=settings.tenant,
         )
         if not vllm_config.cache_config.enable_prefix_caching:
             log.warning(

@@ -9,6 +9,7 @@ import msgspec
 
 from kvstrata.core.errors import ConfigError
 from kvstrata.core.retention import HINTS_MAX, BlockHint, Retention
+from kvstrata.core.tenants import TENANT_NAME_MAX
 
 __all__ = ["RequestHints", "hints_for", "read_hints"]
 
@@ -20,6 +21,8 @@ class RequestHints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     retention: Annotated[list[Retention], msgspec.Meta(max_length=HINTS_MAX)] = []
     """How long ranges of its tokens are to be kept, those that it generates included."""
+    tenant: Annotated[str, msgspec.Meta(max_length=TENANT_NAME_MAX)] | None = None
+    """Who is charged for what it stores; None takes the engine's `tenant` setting."""
     store: bool = True
     """False: what this request computes is not kept."""
     tokens_from: Any = None

@@ -21,6 +21,7 @@ from kvstrata.layout import BlockLayout, PagedCache
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.session import Session
 from kvstrata.tokens import NamespaceKey, PromptLineage, sequence_hashes
+from kvstrata.tokens.family import Family, FamilyKey, family_of
 from kvstrata.tokens.namespace import ModelKey, salted_key
 
 if TYPE_CHECKING:
@@ -58,10 +59,20 @@ class SchedulerHalf:
     """Owner: the engine core's thread."""
 
     def __init__(
-        self, session: Session, cache: PagedCache, layout: BlockLayout, *, enabled: bool
+        self,
+        session: Session,
+        cache: PagedCache,
+        layout: BlockLayout,
+        *,
+        enabled: bool,
+        tenant: str = "",
     ) -> None:
-        """Serve an engine over an opened session; unless `enabled`, every answer is a miss."""
+        """Serve an engine over an opened session; unless `enabled`, every answer is a miss.
+
+        `tenant` is charged for what is stored by requests that name none.
+        """
         self.session = session
+        self._tenant = tenant
         self._block_tokens = layout.block_tokens
         self._places = cache.pages_per_block(layout.block_tokens)
         self._page_tokens = cache.page_tokens
@@ -272,6 +283,14 @@ class SchedulerHalf:
             self._keys[salt] = salted_key(ModelKey(welcome.model_key), salt)
         return self._keys[salt]
 
+    def _family(self, tracked: _Tracked) -> Family | None:
+        """Return the tags that explain, to those who ask later, where this prompt was stored."""
+        welcome, digests = self.session.welcome, tracked.lineage.digests
+        if welcome is None or not digests:
+            return None
+        salt = tracked.request.cache_salt or ""
+        return family_of(FamilyKey(welcome.family_key), digests[0], salt)
+
     def _acquire(self, tracked: _Tracked) -> tuple[list[int], list[int], dict[str, int]]:
         if self.session.welcome is None or tracked.epoch != self.session.epoch:
             return [], [], {}
@@ -299,7 +318,11 @@ class SchedulerHalf:
         parent = hashes[first - 1] if first else None
         try:
             hints = hints_for(tracked.hints.retention, self._block_tokens, first, last)
-            reserved = self.session.reserve(tracked.name, parent, hashes[first:last], hints)
+            tenant = self._tenant if tracked.hints.tenant is None else tracked.hints.tenant
+            family = None if first else self._family(tracked)
+            reserved = self.session.reserve(
+                tracked.name, parent, hashes[first:last], hints, tenant, family
+            )
         except DaemonError as error:
             self._note(error)
             return

@@ -14,6 +14,7 @@ from kvstrata.core.config import (
     parse_tiers,
 )
 from kvstrata.core.errors import ConfigError
+from kvstrata.core.tenants import TENANT_NAME_MAX
 from kvstrata.runtime.session import SessionLimits
 
 __all__ = ["ConnectorSettings", "read_settings"]
@@ -30,6 +31,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """Tiers of the private daemon: `host:2GiB,disk:/var/kv:20GiB`. Not read with an address."""
     policy: str = "lru"
     """Eviction policy of the private daemon: lru, arc, lru2, s3fifo, 2q, auto, or a plug-in's."""
+    tenant: Annotated[str, msgspec.Meta(max_length=TENANT_NAME_MAX)] = ""
+    """Who is charged for what requests store that name no tenant themselves."""
     block_tokens: Annotated[int, msgspec.Meta(ge=1, le=65536)] | None = None
     """Tokens in one block, a multiple of vLLM's block size; engines that share blocks must agree on
     it. None takes the smallest multiple that is at least 64."""
