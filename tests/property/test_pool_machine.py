@@ -317,6 +317,7 @@ class EvictsParents(Pool):
     """Forgets who has children while it makes room."""
 
     def _evict(self, count: int, coming: Sequence[SequenceHash], owner: int):
+        del owner
         slots = self._policy.victims(count - len(self._free), coming)
         for slot in slots:
             parent = self._parent[slot]

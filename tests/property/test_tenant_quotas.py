@@ -84,9 +84,9 @@ class QuotaMachine(RuleBasedStateMachine):
 
     def held(self) -> list[int]:
         counts = Counter(GROUPS[owner] for owner in self.owner.values())
-        return [counts[group] for group in range(3)]
+        return [counts[account] for account in range(3)]
 
-    def group_of(self, number: int) -> int:
+    def account_of(self, number: int) -> int:
         return GROUPS[self.owner[self.kept[number]]]
 
     def idle(self) -> set[int]:
@@ -104,13 +104,15 @@ class QuotaMachine(RuleBasedStateMachine):
         """Free slots, and blocks that can go without anybody else's."""
         idle, held = self.idle(), self.held()
         found = SLOTS - len(self.owner)
-        for group in range(3):
+        for account in range(3):
             alone = [
                 number
                 for number in idle
-                if all(each in idle and self.group_of(each) == group for each in self.below(number))
+                if all(
+                    each in idle and self.account_of(each) == account for each in self.below(number)
+                )
             ]
-            most = inf if group == mine else max(held[group] - self.guarantees[group], 0)
+            most = inf if account == mine else max(held[account] - self.guarantees[account], 0)
             found += int(min(len(alone), most))
         return found
 
@@ -121,29 +123,29 @@ class QuotaMachine(RuleBasedStateMachine):
         for number in evicted:
             assert not self.holds[self.kept[number]], f"{number} was pinned"
             assert self.below(number) == {number}, f"{number} left before {self.below(number)}"
-            lost[self.group_of(number)] += 1
+            lost[self.account_of(number)] += 1
             del self.owner[self.kept.pop(number)]
         after = self.held()
-        for group in range(3):
-            if group != mine:
-                floor = min(before[group], self.guarantees[group])
-                assert after[group] >= floor, f"group {group} fell to {after[group]}"
+        for account in range(3):
+            if account != mine:
+                floor = min(before[account], self.guarantees[account])
+                assert after[account] >= floor, f"account {account} fell to {after[account]}"
         after[mine] += count
-        for group in lost:
-            ready = {self.group_of(number) for number in bare if number in self.kept}
-            self.check_turn(group, ready, after, mine)
+        for account in lost:
+            ready = {self.account_of(number) for number in bare if number in self.kept}
+            self.check_turn(account, ready, after, mine)
 
     def check_turn(self, giver: int, ready: set[int], after: list[int], mine: int) -> None:
         """When it gave its last block, nobody who was ready to give held more for its weight."""
-        for group in ready - {giver}:
-            if group == mine or after[group] > self.guarantees[group]:
+        for account in ready - {giver}:
+            if account == mine or after[account] > self.guarantees[account]:
                 given = self.excess(giver, after[giver] + 1, mine)
-                assert given >= self.excess(group, after[group], mine), f"not {giver}'s turn"
+                assert given >= self.excess(account, after[account], mine), f"not {giver}'s turn"
 
-    def excess(self, group: int, held: int, mine: int) -> float:
-        if group == mine and held <= self.guarantees[group]:
+    def excess(self, account: int, held: int, mine: int) -> float:
+        if account == mine and held <= self.guarantees[account]:
             return -1.0
-        return held / self.weights[group] if self.weights[group] else inf
+        return held / self.weights[account] if self.weights[account] else inf
 
     # -- rules ---------------------------------------------------------------------------------
 
@@ -251,7 +253,7 @@ class GivesTooMuch(_Side):
 
 class ForgetsWhatComes(Shares):
     def evict(self, owner, count, reserved, coming, leaving=()):
-        return super().evict(owner, count, reserved - reserved, coming)
+        return super().evict(owner, count, reserved - reserved, coming, leaving)
 
 
 class EvictsParents(Shares):
@@ -290,8 +292,8 @@ class Tier:
     """A pool of 100 slots; each tenant fills it with blocks of its own."""
 
     def __init__(self, *guarantees: int) -> None:
-        self.groups = list(range(len(guarantees) + 1))
-        policy = TenantPolicy(LruPolicy, guarantees, self.groups)
+        self.accounts = list(range(len(guarantees) + 1))
+        policy = TenantPolicy(LruPolicy, guarantees, self.accounts)
         self.pool = Pool(100, policy)
         self.last = 0
 
@@ -351,7 +353,7 @@ def test_a_tenant_within_its_guarantee_gives_its_own_last() -> None:
     assert tier.pool.owned() == {0: 10, 1: 40, 2: 50}
 
 
-def test_a_refusal_leaves_the_order_of_each_group() -> None:
+def test_a_refusal_leaves_the_order_of_each_account() -> None:
     pool = Pool(5, policy := TenantPolicy(LruPolicy, [1, 2], [0, 1, 2]))
     for number, parent, owner in (
         (1, None, 2),
@@ -385,19 +387,19 @@ def test_all_guaranteed_leaves_nothing_to_others_once_it_is_used() -> None:
     assert tier.store(0, 1) == []
 
 
-class TestOneGroup(EvictionPolicyContract):
+class TestOneAccount(EvictionPolicyContract):
     @pytest.fixture
     def new_policy(self):
         return TenantPolicy(LruPolicy, [5, 5], [0])
 
 
-class TestThreeGroups(EvictionPolicyContract):
-    """Every law but the fourth, which is about the order within one group."""
+class TestThreeAccounts(EvictionPolicyContract):
+    """Every law but the fourth, which is about the order within one account."""
 
     @pytest.fixture
     def new_policy(self):
         policy = TenantPolicy(LruPolicy, [5, 5], [0, 1, 2])
-        owners = Owners(20, lambda: 20, policy.groups)
+        owners = Owners(20, lambda: 20, policy.accounts)
         owners.meet(1)
         for slot in range(20):
             owners.drop([SlotId(slot)])

@@ -19,23 +19,25 @@ GUARANTEES = ["a=30%", "b=host:50%,disk:20%"]
 
 
 class WatchedPool(Pool):
-    """Asserts that no reservation takes a group below its guarantee, but its own."""
+    """Asserts that no reservation takes an account below its guarantee, but its own."""
 
     def reserve(self, count, coming=(), owner=0):
         policy = self._policy
         assert isinstance(policy, TenantPolicy)
         if count == self.slots_total:  # the world asks, at its end, whether each slot can be had
             policy.guarantees[:] = [0] * len(policy.guarantees)
-        before, groups = self.owned(), policy.groups
+        before, accounts = self.owned(), policy.accounts
         found = super().reserve(count, coming, owner)
         after, lost = self.owned(), Counter()
         held = Counter()
         for each in {*before, *after}:
-            lost[groups[each]] += before.get(each, 0) - after.get(each, 0)
-            held[groups[each]] += after.get(each, 0)
-        for group, gone in lost.items():
-            if group != groups[owner] and gone > 0:
-                assert held[group] >= policy.guarantees[group], f"group {group} has {held[group]}"
+            lost[accounts[each]] += before.get(each, 0) - after.get(each, 0)
+            held[accounts[each]] += after.get(each, 0)
+        for account, gone in lost.items():
+            if account != accounts[owner] and gone > 0:
+                assert held[account] >= policy.guarantees[account], (
+                    f"account {account} has {held[account]}"
+                )
         return found
 
 

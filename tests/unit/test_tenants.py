@@ -277,7 +277,7 @@ def test_owners_that_hold_nothing_make_room_for_new_ones() -> None:
         holder = Holder(SessionId(1), name)
         manager.reserve(holder, None, [key(number)], (), 0.0, numbers[name])
     assert numbers == {"a": 2, "b": 3, "c": 4, "d": 0, "vip": 1}  # the last ones found no number
-    assert tenants.groups[numbers["vip"]] == 1  # and a guarantee counts all the same
+    assert tenants.accounts[numbers["vip"]] == 1  # and a guarantee counts all the same
     assert tenants.tag_of(1) == NO_TAG + tenant_tag("vip")
     manager.abort(Holder(SessionId(1), "b"), host_slots(host, numbers["b"]))
     for _ in range(1024):

@@ -41,8 +41,8 @@ class Tenants:
         """Know the tenants with a guarantee; the others as they come."""
         self._configured = tuple(configured)
         self._owners_max = owners_max
-        self._group_of = {
-            tenant_tag(tenant.name): group for group, tenant in enumerate(self._configured, 1)
+        self._account_of = {
+            tenant_tag(tenant.name): account for account, tenant in enumerate(self._configured, 1)
         }
         self._names = {tenant_tag(tenant.name): tenant.name for tenant in self._configured}
         self._namespaces: dict[bytes, Namespace] = {}
@@ -52,9 +52,9 @@ class Tenants:
         self._guaranteed: dict[str, list[int]] = {}
         self._spare: list[int] = []
         self._until_sweep = 0
-        self.groups = [0]
-        """Owner -> group of `TenantPolicy`: 0, or that of a tenant with a guarantee. Live."""
-        for tag in self._group_of:  # there is always one to charge: a guarantee has to count
+        self.accounts = [0]
+        """Owner -> account of `TenantPolicy`: 0, or that of a tenant with a guarantee. Live."""
+        for tag in self._account_of:  # there is always one to charge: a guarantee has to count
             self.recall(NO_TAG + tag)
 
     # -- setting up ----------------------------------------------------------------------------
@@ -64,7 +64,7 @@ class Tenants:
         self._guaranteed[tier] = guaranteed_slots(self._configured, tier, capacity_bytes, slots)
         if not self._configured:
             return make_policy(name)
-        return TenantPolicy(lambda: make_policy(name), self._guaranteed[tier], self.groups)
+        return TenantPolicy(lambda: make_policy(name), self._guaranteed[tier], self.accounts)
 
     def watch(self, pools: Mapping[str, Pool]) -> None:
         """Learn the pools, by tier, whose slots are charged."""
@@ -104,11 +104,11 @@ class Tenants:
         elif len(self._tags) < self._owners_max:
             owner = len(self._tags)
             self._tags.append(tag)
-            self.groups.append(0)
+            self.accounts.append(0)
         else:
             return self._owner_of.get(NO_TAG + tag[TAG_BYTES:], 0)
         self._owner_of[tag] = owner
-        self.groups[owner] = self._group_of.get(tag[TAG_BYTES:], 0)
+        self.accounts[owner] = self._account_of.get(tag[TAG_BYTES:], 0)
         return owner
 
     def tag_of(self, owner: int) -> bytes:
@@ -146,14 +146,14 @@ class Tenants:
 
         A tenant's slots count whatever they hold, one that is being filled too.
         """
-        tenants: dict[bytes, Counter[str]] = {tag: Counter() for tag in self._group_of}
+        tenants: dict[bytes, Counter[str]] = {tag: Counter() for tag in self._account_of}
         spaces: dict[bytes, Counter[str]] = {}
         for tier, pool in self._pools.items():
             for owner, count in pool.owned().items():
                 tag = self._tags[owner]
                 tenants.setdefault(tag[TAG_BYTES:], Counter())[tier] += count
                 spaces.setdefault(tag[:TAG_BYTES], Counter())[tier] += count
-        shown = _largest(tenants, self._group_of)
+        shown = _largest(tenants, self._account_of)
         return {
             "tenants": [
                 {
@@ -184,15 +184,15 @@ class Tenants:
         for owner in range(1 + len(self._configured), len(self._tags)):
             if owner not in held and self._owner_of.pop(self._tags[owner], None) is not None:
                 self._spare.append(owner)
-        known = {tag[TAG_BYTES:] for tag in self._owner_of} | self._group_of.keys()
+        known = {tag[TAG_BYTES:] for tag in self._owner_of} | self._account_of.keys()
         self._names = {tag: name for tag, name in self._names.items() if tag in known}
         self._until_sweep = 1024  # a sweep looks at every owner: not at each call that finds none
 
     def _guarantees(self, tag: bytes) -> dict[str, int]:
-        group = self._group_of.get(tag)
-        if group is None:
+        account = self._account_of.get(tag)
+        if account is None:
             return {}
-        return {tier: slots[group - 1] for tier, slots in self._guaranteed.items()}
+        return {tier: slots[account - 1] for tier, slots in self._guaranteed.items()}
 
     def _model(self, tag: bytes) -> str:
         found = self._namespaces.get(tag)

@@ -1,12 +1,12 @@
 """Quotas over any policy: one order for each tenant with a guarantee, one for everybody else.
 
-A *group* is such a tenant, or all tenants without a guarantee together (group 0). Tenants' names
-come from clients and may be many, so those without a guarantee have no order of their own.
+An *account* is such a tenant, or all tenants without a guarantee together (account 0). Names come
+from clients and may be many, so tenants without a guarantee have no order of their own.
 
-Each group has a weight: its guarantee, or, for group 0, what the guarantees leave of the tier. The
-group that holds most for its weight gives first, so groups that all want more than there is end up
-with slots in the ratio of their weights. Group 0's weight is no guarantee: it can lose everything
-to tenants that are below theirs. Priorities hold within a group, never across.
+Each account has a weight: its guarantee, or, for account 0, what the guarantees leave of the tier.
+The one that holds most for its weight gives first, so accounts that all want more than there is end
+up with slots in the ratio of their weights. Account 0's weight is no guarantee: it can lose
+everything to tenants that are below theirs. Priorities hold within an account, never across.
 
 Who may take what from whom is decided in the pool, which knows the chains (`pool/shares.py`).
 """
@@ -33,44 +33,44 @@ class OwnerTable(Protocol):
     table: array[int] | None
     """Owner of each occupied slot, once there has been a second owner."""
 
-    def held(self, group: int) -> int:
-        """Return how many slots the owners of `group` occupy."""
+    def held(self, account: int) -> int:
+        """Return how many slots the owners of `account` occupy."""
 
 
 class TenantPolicy:
-    """An order a group. Held slots belong to the group of the owner that occupies them."""
+    """An order an account. Held slots belong to the account of the owner that occupies them."""
 
     def __init__(
         self,
         make: Callable[[], EvictionPolicy],
         guarantees: Sequence[int],
-        groups: Sequence[int],
+        accounts: Sequence[int],
     ) -> None:
-        """Make an order for group 0 and for each of `guarantees`, in slots, of groups 1 and on.
+        """Make an order for account 0 and for each of `guarantees`, in slots, of accounts 1 and on.
 
-        `groups` is the live view owner -> group.
+        `accounts` is the live view owner -> account.
         """
         self.guarantees = [0, *guarantees]
-        self.groups = groups
+        self.accounts = accounts
         self.orders = [RankedPolicy(make()) for _ in self.guarantees]
         self._owners: OwnerTable | None = None
 
     def bind(self, capacity: int, keys: Sequence[SequenceHash | None]) -> None:
-        """Size the order of each group: any of them may come to hold the whole tier."""
+        """Size the order of each account: any of them may come to hold the whole tier."""
         self.weights = [max(capacity - sum(self.guarantees), 0), *self.guarantees[1:]]
         for order in self.orders:
             order.bind(capacity, keys)
 
     def bind_owners(self, owners: OwnerTable) -> None:
-        """Learn the live view slot -> owner; without it every slot is group 0's."""
+        """Learn the live view slot -> owner; without it every slot is account 0's."""
         self._owners = owners
 
-    def group_of(self, slot: SlotId) -> int:
-        """Return the group whose owner occupies `slot`."""
+    def account_of(self, slot: SlotId) -> int:
+        """Return the account whose owner occupies `slot`."""
         owners = self._owners
         if owners is None:
             return 0
-        return self.groups[owners.sole if owners.table is None else owners.table[slot]]
+        return self.accounts[owners.sole if owners.table is None else owners.table[slot]]
 
     @property
     def ranked(self) -> bool:
@@ -78,8 +78,8 @@ class TenantPolicy:
         return any(order.ranked for order in self.orders)
 
     def priority_of(self, slot: SlotId) -> int:
-        """Return the priority last given to `slot` in the group that it is in."""
-        return self.orders[self.group_of(slot)].priority_of(slot)
+        """Return the priority last given to `slot` in the account that it is in."""
+        return self.orders[self.account_of(slot)].priority_of(slot)
 
     def rank(self, slots: Iterable[SlotId], priority: int) -> None:
         """Give `slots`, which the caller guarantees are not held, another priority."""
@@ -87,17 +87,17 @@ class TenantPolicy:
             order.rank(part, priority)
 
     def admit(self, slots: Iterable[SlotId]) -> None:
-        """Admit each slot to the order of its group."""
+        """Admit each slot to the order of its account."""
         for order, part in self._parts(slots):
             order.admit(part)
 
     def reclaim(self, slots: Iterable[SlotId]) -> None:
-        """Reclaim each slot from the order of its group."""
+        """Reclaim each slot from the order of its account."""
         for order, part in self._parts(slots):
             order.reclaim(part)
 
     def spare(self, slots: Iterable[SlotId]) -> None:
-        """Give each slot back to the order of its group."""
+        """Give each slot back to the order of its account."""
         for order, part in self._parts(slots):
             order.spare(part)
 
@@ -107,27 +107,27 @@ class TenantPolicy:
             return []
         chosen: list[SlotId] = []
         for protect in (True, False):
-            for group in sorted(range(len(self.orders)), key=self._excess, reverse=True):
-                order = self.orders[group]
+            for account in sorted(range(len(self.orders)), key=self._excess, reverse=True):
+                order = self.orders[account]
                 take = min(count - len(chosen), len(order))
                 if protect and self._owners is not None:
-                    above = self._owners.held(group) - self.guarantees[group]
+                    above = self._owners.held(account) - self.guarantees[account]
                     take = min(take, max(above, 0))
                 if take:
                     chosen += order.victims(take, coming)
         return chosen
 
     def forget(self, slots: Iterable[SlotId]) -> None:
-        """Drop each slot from the order of its group."""
+        """Drop each slot from the order of its account."""
         for order, part in self._parts(slots):
             order.forget(part)
 
     def __len__(self) -> int:
         return sum(map(len, self.orders))
 
-    def _excess(self, group: int) -> float:
-        held = self._owners.held(group) if self._owners else 0
-        weight = self.weights[group]
+    def _excess(self, account: int) -> float:
+        held = self._owners.held(account) if self._owners else 0
+        weight = self.weights[account]
         if not held:
             return 0.0
         return held / weight if weight else inf
@@ -136,12 +136,12 @@ class TenantPolicy:
         """Yield each order concerned and its share of `slots`, in the order given."""
         owners = self._owners
         if owners is None or owners.table is None:
-            group = 0 if owners is None else self.groups[owners.sole]
-            yield self.orders[group], list(slots)
+            account = 0 if owners is None else self.accounts[owners.sole]
+            yield self.orders[account], list(slots)
             return
-        table, groups = owners.table, self.groups
+        table, accounts = owners.table, self.accounts
         parts: dict[int, list[SlotId]] = {}
         for slot in slots:
-            parts.setdefault(groups[table[slot]], []).append(slot)
-        for group, part in parts.items():
-            yield self.orders[group], part
+            parts.setdefault(accounts[table[slot]], []).append(slot)
+        for account, part in parts.items():
+            yield self.orders[account], part

@@ -1,4 +1,4 @@
-"""Who occupies which slots of a tier: an owner a slot, counted by owner and by group.
+"""Who occupies which slots of a tier: an owner a slot, counted by owner and by account.
 
 An owner is a small number that the brain gives to one tenant in one namespace. Until a pool meets
 a second owner there is no table: a node with one model and one tenant pays a comparison a call.
@@ -19,17 +19,17 @@ class Owners:
     """Owned by one pool, which says what becomes occupied and what becomes free."""
 
     def __init__(
-        self, slots_total: int, occupied: Callable[[], int], groups: Sequence[int] | None
+        self, slots_total: int, occupied: Callable[[], int], accounts: Sequence[int] | None
     ) -> None:
         """Know no owner yet; `occupied` counts the pool's slots that are not free.
 
-        `groups` is the live view owner -> group, None where nobody is guaranteed anything.
+        `accounts` is the live view owner -> account, None where nobody is guaranteed anything.
         """
         self.sole = 0
         self.table: array[int] | None = None
-        self._slots_total, self._occupied, self._groups = slots_total, occupied, groups
+        self._slots_total, self._occupied, self._accounts = slots_total, occupied, accounts
         self._slots: Counter[int] = Counter()  # by owner; empty while there is no table
-        self._group_slots: Counter[int] = Counter()
+        self._account_slots: Counter[int] = Counter()
 
     def meet(self, owner: int) -> None:
         """Take note that `owner` is about to occupy slots."""
@@ -55,8 +55,8 @@ class Owners:
         for slot in slots:
             table[slot] = owner
         self._slots[owner] += len(slots)
-        if self._groups is not None:
-            self._group_slots[self._groups[owner]] += len(slots)
+        if self._accounts is not None:
+            self._account_slots[self._accounts[owner]] += len(slots)
 
     def drop(self, slots: Iterable[SlotId]) -> None:
         """Charge `slots`, which are about to be free, to nobody."""
@@ -67,8 +67,8 @@ class Owners:
             self._slots[owner] -= count
             if not self._slots[owner]:
                 del self._slots[owner]
-            if self._groups is not None:
-                self._group_slots[self._groups[owner]] -= count
+            if self._accounts is not None:
+                self._account_slots[self._accounts[owner]] -= count
 
     def of(self, slot: SlotId) -> int:
         """Return the owner of a slot that is not free."""
@@ -81,19 +81,19 @@ class Owners:
             return {self.sole: occupied} if occupied else {}
         return dict(+self._slots)
 
-    def held(self, group: int) -> int:
-        """Return how many slots the owners of `group` occupy."""
+    def held(self, account: int) -> int:
+        """Return how many slots the owners of `account` occupy."""
         if self.table is not None:
-            return self._group_slots[group]
-        return self._occupied() if group == (self._groups or [0])[self.sole] else 0
+            return self._account_slots[account]
+        return self._occupied() if account == (self._accounts or [0])[self.sole] else 0
 
     def _spread(self) -> None:
         """Make the table; all that is occupied is the sole owner's."""
         self.table = array("H", [self.sole]) * self._slots_total
         occupied = self._occupied()
         self._slots[self.sole] = occupied
-        if self._groups is not None:
-            self._group_slots[self._groups[self.sole]] = occupied
+        if self._accounts is not None:
+            self._account_slots[self._accounts[self.sole]] = occupied
 
     def check(self, occupied: Sequence[SlotId]) -> None:
         """Assert that the counts are those of the `occupied` slots; for tests."""
@@ -102,8 +102,8 @@ class Owners:
             return
         slots = Counter(self.table[slot] for slot in occupied)
         assert slots == self._slots, f"owners have {slots}, counted were {self._slots}"
-        if self._groups is not None:
-            groups: Counter[int] = Counter()
+        if self._accounts is not None:
+            accounts: Counter[int] = Counter()
             for owner, count in slots.items():
-                groups[self._groups[owner]] += count
-            assert +self._group_slots == groups, "groups"
+                accounts[self._accounts[owner]] += count
+            assert +self._account_slots == accounts, "accounts"

@@ -61,7 +61,7 @@ class Pool:
         self._duplicates = 0
         self._policy.bind(slots_total, self._hash)
         self._owners = Owners(
-            slots_total, self._occupied, None if shared is None else shared.groups
+            slots_total, self._occupied, None if shared is None else shared.accounts
         )
         self._shares: Shares | None = None
         if shared is not None:

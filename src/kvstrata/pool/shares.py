@@ -1,16 +1,16 @@
 """Eviction where tenants have guarantees: who gives up slots for whom.
 
-A reservation by one group may take idle leaves
+A reservation by one account may take idle leaves
 
-    of its own group          always
-    of any other group        while that group holds more than its guarantee
+    of its own account          always
+    of any other account        while that one holds more than its guarantee
 
-and takes them from the group that holds most for its weight (`TenantPolicy`), each victim counted,
-until there is enough. The slots that the reservation brings count for its group before it has
-them; a group within its guarantee even then gives its own slots last. What nobody may be made to
-give is a refusal.
+and takes them from the account that holds most for its weight (`TenantPolicy`), each victim
+counted, until there is enough. The slots that the reservation brings count for its account before
+it has them; an account within its guarantee even then gives its own slots last. What nobody may be
+made to give is a refusal.
 
-Leaf-first holds across groups too: a block on which another tenant's block hangs waits for that
+Leaf-first holds across accounts too: a block on which another tenant's block hangs waits for that
 one. What a protected block hangs on is therefore protected as well, whoever is charged for it.
 """
 
@@ -43,13 +43,13 @@ class Chains:
 
 @dataclass(slots=True)
 class _Side:
-    """One group during one eviction."""
+    """One account during one eviction."""
 
     order: RankedPolicy
     held: int  # slots, those to come included
     guarantee: int
     weight: int
-    own: bool  # it is the group that makes the reservation
+    own: bool  # it is the account that makes the reservation
     taken: list[SlotId] = field(default_factory=list)  # out of the order, in this order
     aside: dict[SlotId, None] = field(default_factory=dict)  # of these, what children hang on
     bared: list[SlotId] = field(default_factory=list)  # of these, whose children were all chosen
@@ -76,7 +76,7 @@ class _Side:
 
 
 class Shares:
-    """The pool's part that evicts for one group among several."""
+    """The pool's part that evicts for one account among several."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Shares:
         sides = self._sides(owner, reserved)
         found = []
         for slot in slots:
-            side = sides[self._policy.group_of(slot)]
+            side = sides[self._policy.account_of(slot)]
             if side.own or side.held > side.guarantee:
                 side.held -= 1
                 found.append(slot)
@@ -121,13 +121,13 @@ class Shares:
         """
         sides = self._sides(owner, reserved)
         for slot in leaving:
-            sides[self._policy.group_of(slot)].held -= 1
+            sides[self._policy.account_of(slot)].held -= 1
         return self._take(sides, count, coming)
 
     def give_up(self, count: int) -> list[SlotId] | None:
         """Take `count` idle leaves out of the policy ahead of eviction, or change nothing.
 
-        Whose slots they will be is not known yet: the groups with most for their weight give.
+        Whose slots they will be is not known yet: the accounts with most for their weight give.
         """
         sides = self._sides(0, 0)
         for side in sides:
@@ -156,16 +156,16 @@ class Shares:
 
     def _sides(self, owner: int, reserved: int) -> list[_Side]:
         policy, owners = self._policy, self._owners
-        mine = policy.groups[owner]
+        mine = policy.accounts[owner]
         return [
             _Side(
                 order,
-                owners.held(group) + (reserved if group == mine else 0),
-                policy.guarantees[group],
-                policy.weights[group],
-                group == mine,
+                owners.held(account) + (reserved if account == mine else 0),
+                policy.guarantees[account],
+                policy.weights[account],
+                account == mine,
             )
-            for group, order in enumerate(policy.orders)
+            for account, order in enumerate(policy.orders)
         ]
 
     def _ask(
@@ -176,8 +176,8 @@ class Shares:
         chosen: list[SlotId],
         coming: Sequence[SequenceHash],
     ) -> None:
-        """Choose up to `wanted` leaves of one group, or put one of its blocks aside."""
-        if side.bared:  # colder than all that is left of its group: it was offered before
+        """Choose up to `wanted` leaves of one account, or put one of its blocks aside."""
+        if side.bared:  # colder than all that is left of its account: it was offered before
             self._choose(side.bared.pop(0), side, sides, chosen)
             return
         if side.order.ranked and side.aside:
@@ -197,7 +197,7 @@ class Shares:
         above = None if parent is None else self._chains.drop_child(parent)
         if above is None or self._chains.children[above]:
             return
-        theirs = sides[self._policy.group_of(above)]
+        theirs = sides[self._policy.account_of(above)]
         if above in theirs.aside:
             del theirs.aside[above]
             theirs.bared.append(above)
