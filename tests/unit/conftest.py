@@ -144,6 +144,24 @@ def connect(run_directory) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture
+def command(run_directory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `kvstrata` with arguments and variables."""
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"XDG_RUNTIME_DIR": str(run_directory)} | variables
+        return subprocess.run(
+            [sys.executable, "-m", "kvstrata.apps.cli.main", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
 def make_blocks() -> Callable[..., Any]:
     """Return (tokens, blocks): `count` random blocks, the same for the same seed."""
 

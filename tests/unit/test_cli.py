@@ -17,24 +17,6 @@ from kvstrata.storage.arena import machine_memory_bytes
 COMMAND = [sys.executable, "-m", "kvstrata.apps.cli.main"]
 
 
-@pytest.fixture
-def command(run_directory):
-    """Run `kvstrata` with arguments and variables."""
-
-    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"XDG_RUNTIME_DIR": str(run_directory)} | variables
-        return subprocess.run(
-            [*COMMAND, *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
-
-
 def assert_told(done, status: int, *words: str) -> None:
     """The error is one sentence, a blank line and a hint on stderr, and nothing on stdout."""
     assert done.returncode == status, done.stderr
