@@ -282,3 +282,12 @@ def test_a_seed_is_believed_and_then_forgotten():
         blocks = 1 + number % 40
         speed.learn(blocks, 0.5e-3 * blocks)
     assert speed.seconds(40) == pytest.approx(0.02, rel=0.05)
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.floats(0.0, 1e5)), min_size=1, max_size=60))
+def test_no_speed_is_ever_negative(jobs):
+    speed = ReadSpeed()
+    for blocks, seconds in jobs:
+        speed.learn(blocks, seconds)
+        assert 0.0 <= speed.block_s < math.inf
+        assert 0.0 <= speed.latency_s < math.inf

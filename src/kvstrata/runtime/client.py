@@ -53,12 +53,20 @@ class Client:
         tiers: str = "host:256MiB",
         address: str | None = None,
         limits: SessionLimits | None = None,
+        prefill_tokens_per_s: float = 0.0,
     ) -> None:
         """Connect to the daemon at `address`, or start a private one with `tiers`.
 
-        `namespace` names what the arrays are (a model and its revision); `salt` a tenant. Raises
-        ConfigError for a setting that cannot be served, DaemonError if no daemon answers.
+        `namespace` names what the arrays are (a model and its revision); `salt` a tenant. With
+        `prefill_tokens_per_s`, what would be computed faster is not loaded; 0 loads what is kept.
+        Raises ConfigError for a setting that cannot be served, DaemonError if no daemon answers.
         """
+        if not 0.0 <= prefill_tokens_per_s <= wire.SPEED_MAX:
+            raise ConfigError(
+                f"prefill_tokens_per_s: {prefill_tokens_per_s} is not a speed",
+                hint="give the prompt tokens that are computed per second, or 0 if not known",
+            )
+        self._prefill_tokens_per_s = float(prefill_tokens_per_s)
         self._dtype = _dtype(dtype)
         shape = tuple(int(size) for size in block_shape)
         self._layout = BlockLayout(
@@ -112,7 +120,7 @@ class Client:
         hashes = self._hashes(tokens)
         request = next(self._requests)
         self._wait_ready(request, hashes)
-        answer = self._session.lookup(request, hashes).why
+        answer = self._lookup(request, hashes).why
         self._session.release([request])
         return answer
 
@@ -256,9 +264,13 @@ class Client:
 
     def _wait_ready(self, request: str, hashes: Sequence[SequenceHash]) -> int:
         """Return how many leading blocks are in the host; the daemon bounds the waiting."""
-        while (found := self._session.lookup(request, hashes)).pending:
+        while (found := self._lookup(request, hashes)).pending:
             time.sleep(_POLL_S)
         return found.ready
+
+    def _lookup(self, request: str, hashes: Sequence[SequenceHash]) -> wire.Found:
+        speed = self._prefill_tokens_per_s
+        return self._session.lookup(request, hashes, prefill_tokens_per_s=speed)
 
     def _slot_array(self, slot: int) -> NDArray[Any]:
         return np.frombuffer(self._arena.slot(slot), self._dtype).reshape(self._shape)

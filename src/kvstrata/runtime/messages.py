@@ -22,6 +22,7 @@ from kvstrata.tokens import Namespace
 
 __all__ = [
     "PROTOCOL_VERSION",
+    "SPEED_MAX",
     "Abort",
     "Acquire",
     "Acquired",
@@ -56,14 +57,17 @@ __all__ = [
     "split_hashes",
 ]
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 """Raised whenever a message changes; client and daemon must agree."""
+SPEED_MAX: Final = 1e18
+"""Above any speed in tokens or bytes per second: more is refused, as is what is no number."""
 
 MessageT = TypeVar("MessageT")
 
 _Request: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 _Hashes: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=HASH_BYTES << 18)]
 _Hints: TypeAlias = Annotated[list[BlockHint], msgspec.Meta(max_length=HINTS_MAX)]
+_Speed: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=SPEED_MAX)]
 _Slots: TypeAlias = list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]]
 
 
@@ -106,12 +110,16 @@ class Fence(_Message, frozen=True):
 
 
 class Lookup(_Message, frozen=True):
-    """Asks how much of a prefix is kept."""
+    """Asks how much of a prefix is kept, and is worth loading."""
 
     request: _Request
     """The caller's name of the request."""
     hashes: _Hashes
     """Keys of the prefix, root first, joined."""
+    prefill_tokens_per_s: _Speed = 0.0
+    """Prompt tokens that the caller's engine computes per second; 0 if it does not know."""
+    copy_bytes_per_s: _Speed = 0.0
+    """Speed of its copies from the host to its device; 0 if it does not know."""
 
 
 class Acquire(_Message, frozen=True):

@@ -145,9 +145,18 @@ class Session:
 
     # -- calls ---------------------------------------------------------------------------------
 
-    def lookup(self, request: str, hashes: Sequence[SequenceHash]) -> wire.Found:
-        """See `Manager.lookup`."""
-        return self.call(wire.Lookup(request, wire.join_hashes(hashes)), wire.Found)
+    def lookup(
+        self,
+        request: str,
+        hashes: Sequence[SequenceHash],
+        *,
+        prefill_tokens_per_s: float = 0.0,
+        copy_bytes_per_s: float = 0.0,
+    ) -> wire.Found:
+        """See `Manager.lookup`; the speeds are the engine's, 0 where not known."""
+        joined = wire.join_hashes(hashes)
+        call = wire.Lookup(request, joined, prefill_tokens_per_s, copy_bytes_per_s)
+        return self.call(call, wire.Found)
 
     def acquire(self, request: str, hashes: Sequence[SequenceHash]) -> wire.Acquired:
         """See `Manager.acquire`."""
