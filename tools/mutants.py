@@ -32,6 +32,8 @@ TESTS = (
     "tests/unit/test_tiers.py",
     "tests/unit/test_groups.py",
     "tests/unit/test_tenants.py",
+    "tests/unit/test_costs.py",
+    "tests/unit/test_manager_costs.py",
     "tests/unit/test_tokens_laws.py",
     "tests/contract/test_policies.py",
     "tests/property",
@@ -58,6 +60,15 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant("decide anew at each question", "manager/loading.py", " and hold.decision is None:\n", ":\n"),
+    Mutant("stage what is not worth loading", "manager/loading.py", "        if hold.cut is not None and reach > hold.cut:\n", "        if False:\n"),
+    Mutant("a probe makes somebody wait", "manager/loading.py", "            self._onboarding.stage(probe, None, until)\n", "            self._onboarding.stage(probe, holder, until)\n"),
+    Mutant("forget the queue", "manager/costs.py", "rate.latency_s + rate.block_s * ahead[run.tier]", "rate.latency_s"),
+    Mutant("load what is slower", "manager/costs.py", "            if total <= least or", "            if total >= least or"),
+    Mutant("failing fast is being fast", "manager/costs.py", "        self._end(transfer, now, learn=False)\n", "        self._end(transfer, now, learn=True)\n"),
+    Mutant("ignore the deadline", "manager/costs.py", "wait_s=max(deadline - now, 0.0)", "wait_s=math.inf"),
+    Mutant("probe without pause", "manager/costs.py", "        self._tiers[tier].asked = now\n", "        pass\n"),
+    Mutant("never forget how fast a tier was", "manager/speed.py", "weight = max(_WEIGHT_MIN, 1.0 / self._jobs)", "weight = 1.0 / self._jobs"),
     Mutant("a block given up that is used goes all the same", "pool/pool.py", "            if used:\n                self._bring_back(slots)\n", ""),
     Mutant("give out slots that are being written", "pool/ahead.py", "(slot for slot in self._order if not pins[slot])", "(slot for slot in self._order)"),
     Mutant("a relay crosses a clear", "manager/relay.py", "            if tier in {relay.source.name, relay.target.name}:\n", "            if False:\n"),

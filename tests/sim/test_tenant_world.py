@@ -61,7 +61,7 @@ class TenantWorld(SimWorld):
 
     def _make_manager(self, lower, policy):
         tenants, bypass = self._tenants, self._bypass
-        return TenantManager(self._host, lower, LIMITS, policy, tenants, bypass=bypass)
+        return TenantManager(self._host, lower, LIMITS, policy, tenants, None, bypass=bypass)
 
     def _clear(self) -> None:
         if self._random.random() < 0.5:

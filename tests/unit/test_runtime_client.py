@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
 from kvstrata.core.errors import ConfigError, DaemonGoneError
+from kvstrata.runtime import messages as wire
 
 
 def same(found, expected) -> bool:
@@ -201,3 +203,25 @@ def test_close_twice_and_calls_after_it(connect, make_blocks, run_directory, eve
     with pytest.raises(DaemonGoneError):
         client.lookup(make_blocks(1, 1)[0])
     eventually(lambda: not list((run_directory / "kvstrata").iterdir()))
+
+
+@pytest.mark.parametrize("speed", [-1.0, float("nan"), float("inf")])
+def test_what_is_no_speed_is_refused(connect, speed) -> None:
+    with pytest.raises(ConfigError, match="prefill_tokens_per_s: ") as caught:
+        connect(tiers="host:1MiB", prefill_tokens_per_s=speed)
+    assert caught.value.hint
+
+
+def test_a_speed_travels_with_each_lookup(connect, make_blocks) -> None:
+    client = connect(tiers="host:1MiB", prefill_tokens_per_s=12_000)
+    tokens, blocks = make_blocks(1, 5)
+    client.put(tokens, blocks)
+    assert client.lookup(tokens) == 20
+
+
+@pytest.mark.parametrize("field", ["prefill_tokens_per_s", "copy_bytes_per_s"])
+@pytest.mark.parametrize("speed", [-1.0, float("nan"), float("inf"), 1e19])
+def test_no_daemon_takes_a_speed_that_is_none(field, speed) -> None:
+    call = wire.Lookup("r", b"", **{field: speed})
+    with pytest.raises(msgspec.ValidationError, match=field):
+        wire.decode_envelope(wire.encode(wire.Envelope(1, 0.0, 0, call)))

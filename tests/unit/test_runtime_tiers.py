@@ -77,6 +77,7 @@ def test_on_evict_both_tiers_keep_different_blocks(connect, make_blocks, tmp_pat
     assert below["idle"] < 96
     for tokens, blocks in chains:
         assert client.get(tokens).tobytes() == blocks.tobytes()
+        client.wait_idle()  # what comes up pushes others down
 
 
 def test_by_frequency_a_second_use_writes(connect, make_blocks, tmp_path) -> None:
@@ -122,3 +123,20 @@ def test_a_second_disk_that_cannot_be_opened_leaves_nothing_open(connect, tmp_pa
         connect(tiers=where)
     (broken / "blocks.slab").unlink()
     connect(tiers=where)
+
+
+def test_a_disk_that_is_slower_than_computing_is_left_alone(connect, make_blocks, tmp_path) -> None:
+    client = connect(tiers=f"host:128KiB,{disk(tmp_path)}", prefill_tokens_per_s=1e9)
+    chains = [make_blocks(seed, 3) for seed in range(6)]
+    for tokens, blocks in chains:
+        client.put(tokens, blocks)
+    client.wait_idle()
+    ready = []
+    for tokens, _ in chains:
+        client.clear(["host"])
+        ready.append(client.lookup(tokens))
+    assert ready[0] == 12, "nothing was known of the disk"
+    assert ready[-1] == 0, "nothing can read 12 tokens in 12 ns"
+    assert client.why(chains[-1][0]).startswith("too slow to be worth it: 3 blocks of disk")
+    assert client.stats()["node"]["costs"]["tiers"]["disk"]["known"]
+    assert client.get(chains[0][0]).shape[0] in {0, 3}

@@ -7,6 +7,7 @@ import random
 from collections import OrderedDict
 from pathlib import Path
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
@@ -15,7 +16,7 @@ from kvstrata.core.errors import ConfigError
 from kvstrata.core.ids import SequenceHash
 from kvstrata.core.tier import DISK, Admission, TierName
 from kvstrata.policy import policy_names
-from kvstrata.sim.hardware import EXAMPLE, load_hardware
+from kvstrata.sim.hardware import EXAMPLE, TierSpeed, load_hardware
 from kvstrata.sim.plan import best, candidates, plan
 from kvstrata.sim.replay import BELADY, LowerSlots, Replay, next_uses
 from kvstrata.sim.sweep import Load, parse_capacities, parse_extents
@@ -291,3 +292,17 @@ def test_a_second_disk_gives_back_what_the_first_lost() -> None:
     report = replay.report()
     assert all(report.hit_blocks[tier] > 0 for tier in ("host", "disk", "disk2"))
     assert report.hit > replayed("lru", requests, 40, 80).hit
+
+
+def test_a_replay_that_weighs_costs_leaves_a_slow_disk_alone() -> None:
+    requests = chats(7)
+    slow = msgspec.structs.replace(EXAMPLE, disk=TierSpeed(read_bytes_per_s=1e6))
+    reports = []
+    for weigh in (False, True):
+        replay = Replay("lru", 60, below(400), slow, 64, weigh_costs=weigh)
+        replay.play(requests)
+        reports.append(replay.report())
+    loads, weighs = reports
+    assert loads.hit_blocks["disk"] > 0
+    assert weighs.hit_blocks["disk"] == 0
+    assert weighs.ttft_s["mean"] < loads.ttft_s["mean"] / 10

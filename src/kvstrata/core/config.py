@@ -82,6 +82,12 @@ class Limits:
     """Longest time for which a lease can be taken or renewed."""
     offload_priority_min: int = 0
     """Blocks of a lower priority than this, and those behind them, stay in the host."""
+    weigh_costs: bool = True
+    """Whether a hit is loaded only as far as that is faster than computing it; else all of it."""
+    cost_margin: float = 0.1
+    """By which share of its own time loading must be faster than computing."""
+    cost_probe_interval_s: float = 10.0
+    """How long a tier that is too slow is left alone before a few blocks are read to see again."""
     transfer_threads: int = 2
     """Threads that move bytes to and from disk."""
     checksum_threads: int = 1

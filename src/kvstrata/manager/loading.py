@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Final, NamedTuple, TypeAlias
 
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId
-from kvstrata.core.tier import TierName
+from kvstrata.core.tier import HOST, TierName
+from kvstrata.manager.decision import Decision, Limit, Run
 from kvstrata.manager.explain import Gauges
 from kvstrata.manager.groups import Chain, longest
 from kvstrata.manager.onboard import Onboarding
@@ -18,7 +20,7 @@ from kvstrata.manager.state import BrainState
 from kvstrata.manager.storing import Storing
 from kvstrata.pool import Pin
 
-__all__ = ["AcquireAnswer", "Loading", "LookupAnswer"]
+__all__ = ["UNKNOWN", "AcquireAnswer", "EngineSpeed", "Loading", "LookupAnswer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,20 @@ class AcquireAnswer:
     """How many of them were staged for this request, by the tier that they came from."""
 
 
+class EngineSpeed(NamedTuple):
+    """What a client says of its engine; 0 where it does not know."""
+
+    prefill_tokens_per_s: float
+    """Prompt tokens that it computes per second."""
+    copy_bytes_per_s: float
+    """Bytes per second that it copies from the host to its device."""
+
+
+UNKNOWN: Final = EngineSpeed(0.0, 0.0)
+"""An engine that says nothing."""
+_Slots: TypeAlias = Sequence[SlotId | None]
+
+
 @dataclass(slots=True)
 class _Hold:
     expires: float
@@ -62,6 +78,8 @@ class _Hold:
     staged: dict[SequenceHash, TierName] = field(default_factory=dict)
     counted: set[SequenceHash] = field(default_factory=set)
     throttled: set[SequenceHash] = field(default_factory=set)
+    decision: Decision | None = None  # made once, so that it does not flip while queues move
+    cut: int | None = None  # blocks that are worth loading, None for all
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,27 +94,40 @@ class Loading:
     """Requests and what they hold of the host."""
 
     def __init__(
-        self, state: BrainState, onboarding: Onboarding, storing: Storing, gauges: Gauges | None
+        self,
+        state: BrainState,
+        onboarding: Onboarding,
+        storing: Storing,
+        gauges: Gauges | None,
+        block_tokens: int = 0,
     ) -> None:
+        """`block_tokens` is how long prompts are for the cost model."""
         self._state, self._onboarding, self._storing = state, onboarding, storing
-        self._gauges = gauges
+        self._gauges, self._block_tokens = gauges, block_tokens
         self._holds: dict[Holder, _Hold] = {}
 
     def __len__(self) -> int:
         return len(self._holds)
 
-    def lookup(self, holder: Holder, chains: Sequence[Chain]) -> LookupAnswer:
+    def lookup(
+        self, holder: Holder, chains: Sequence[Chain], engine: EngineSpeed = UNKNOWN
+    ) -> LookupAnswer:
         """Return how much of the prefix is ready; start to stage what lies below the host."""
         state, limits, now = self._state, self._state.limits, self._state.now
-        hold = self._hold_of(holder, chains)
+        hold = self._hold_of(holder, chains, engine)
         hold.expires = now + limits.hold_timeout_s
         found = [state.host.scan(chain.hashes) for chain in chains]
         for chain, slots in zip(chains, found, strict=True):
             pairs = zip(chain.hashes, slots, strict=True)
             self._pin(hold, [(key, slot) for key, slot in pairs if slot is not None])
-        ready = _ready(chains, found)
+        reach = self._reach(chains, found)
+        if state.costs and reach and engine.prefill_tokens_per_s and hold.decision is None:
+            self._decide(holder, hold, chains, found, reach)
+        if hold.cut is not None and reach > hold.cut:
+            reach = self._reach(chains, found, hold.cut)
+        ready = min(_ready(chains, found), reach)
         staged = self._count_staged(hold, _keys(chains, ready))
-        behind = self._behind(chains, found, holder)
+        behind = self._behind(chains, found, reach, holder)
         late = hold.staging_until and now >= hold.staging_until
         if (behind.to_stage or behind.coming) and not late:
             hold.staging_until = hold.staging_until or now + limits.staging_timeout_s
@@ -108,11 +139,10 @@ class Loading:
             if behind.coming or self._onboarding.is_waiting(holder):
                 pending, until = max(len(behind.to_stage), 1), hold.staging_until
                 return LookupAnswer(ready, staged, pending, until, "pending")
-        why = ""
-        if missing := _missing(chains, found, ready):
-            too_late = bool(late and (behind.to_stage or behind.coming))
-            why = "too slow" if too_late else self.why(missing)
-        return LookupAnswer(ready, staged, 0, 0.0, why)
+        too_late = bool(late and (behind.to_stage or behind.coming))
+        return LookupAnswer(
+            ready, staged, 0, 0.0, self._reason(hold, chains, found, ready, too_late)
+        )
 
     def acquire(
         self, holder: Holder, chains: Sequence[Chain]
@@ -175,7 +205,7 @@ class Loading:
 
     # -- private -------------------------------------------------------------------------------
 
-    def _hold_of(self, holder: Holder, chains: Sequence[Chain]) -> _Hold:
+    def _hold_of(self, holder: Holder, chains: Sequence[Chain], engine: EngineSpeed) -> _Hold:
         hold = self._holds.get(holder)
         if hold is None:
             hold = self._holds[holder] = _Hold(expires=0.0)
@@ -183,13 +213,15 @@ class Loading:
             if self._gauges:
                 for chain in chains:
                     self._gauges.use(chain.hashes)
+            if self._state.costs:
+                self._state.costs.note_engine(holder.session, *engine)
         return hold
 
-    def _behind(
-        self, chains: Sequence[Chain], found: Sequence[Sequence[SlotId | None]], holder: Holder
-    ) -> _Behind:
-        """Return what of the longest prefix that all groups could serve is not in the host."""
-        whole, windowed = [], []
+    def _reach(
+        self, chains: Sequence[Chain], found: Sequence[_Slots], most: int | None = None
+    ) -> int:
+        """Return the longest prefix, of `most` blocks, that all groups could serve."""
+        whole, windowed = ([] if most is None else [most]), []
         for chain, slots in zip(chains, found, strict=True):
             if chain.window:
                 pairs = zip(chain.hashes, slots, strict=True)
@@ -202,7 +234,56 @@ class Loading:
             ):
                 reach += 1
             whole.append(reach)
-        reach = longest(whole, windowed)
+        return longest(whole, windowed)
+
+    def _decide(
+        self,
+        holder: Holder,
+        hold: _Hold,
+        chains: Sequence[Chain],
+        found: Sequence[_Slots],
+        reach: int,
+    ) -> None:
+        """Choose, once for a request, how much of its hit to load; a probe may read on for nobody.
+
+        Of a hybrid model the first group stands for all: its blocks are as many as there are.
+        """
+        state = self._state
+        assert state.costs is not None
+        until = hold.staging_until or state.now + state.limits.staging_timeout_s
+        tokens = len(chains[0].hashes) * self._block_tokens
+        runs = self._runs(chains[0], found[0], reach)
+        decision = state.costs.choose(holder.session, runs, tokens, state.now, until)
+        hold.decision = decision
+        if decision.limit is Limit.NONE:
+            return
+        hold.cut = decision.load
+        state.counters.not_worth_loading_blocks += decision.hit - decision.load
+        ahead = chains[0].hashes[decision.load : decision.load + decision.probe]
+        probe = [key for key in ahead if key not in state.host and state.below(key) is not None]
+        probe = [key for key in probe if not self._onboarding.is_reading(key)]
+        if probe:
+            self._onboarding.stage(probe, None, until)
+
+    def _runs(self, chain: Chain, slots: _Slots, reach: int) -> list[Run]:
+        """Return where the first `reach` blocks of a chain lie, neighbours in one tier together."""
+        first = min(slots.index(None) if None in slots else len(slots), reach)
+        runs = [Run(HOST, first)] if first else []
+        for place in range(first, reach):
+            key = chain.hashes[place]
+            reading = self._onboarding.is_reading(key)
+            below = self._state.below(key) if slots[place] is None else None
+            tier, staging = (below.name, reading) if below else (HOST, False)
+            if runs and (runs[-1].tier, runs[-1].staging) == (tier, staging):
+                runs[-1] = Run(tier, runs[-1].blocks + 1, staging)
+            else:
+                runs.append(Run(tier, 1, staging))
+        return runs
+
+    def _behind(
+        self, chains: Sequence[Chain], found: Sequence[_Slots], reach: int, holder: Holder
+    ) -> _Behind:
+        """Return what of a prefix that all groups could serve is not in the host."""
         to_stage: list[SequenceHash] = []
         coming = False
         for chain, slots in zip(chains, found, strict=True):
@@ -215,6 +296,24 @@ class Loading:
                     else:
                         to_stage.append(key)
         return _Behind(to_stage, coming)
+
+    def _reason(
+        self,
+        hold: _Hold,
+        chains: Sequence[Chain],
+        found: Sequence[_Slots],
+        ready: int,
+        too_late: bool,  # noqa: FBT001  # one of its callers' facts
+    ) -> str:
+        """Return why no more than `ready` is; empty if that is all."""
+        if ready == len(chains[0].hashes):
+            return ""
+        if hold.decision and hold.cut is not None and ready >= hold.cut:
+            return f"too slow to be worth it: {hold.decision.sentence()}"
+        if too_late:
+            return "too slow"
+        missing = _missing(chains, found, ready)
+        return self.why(missing) if missing else ""
 
     def _is_somewhere(self, key: SequenceHash) -> bool:
         state = self._state
@@ -250,7 +349,7 @@ class Loading:
         return counts
 
 
-def _ready(chains: Sequence[Chain], found: Sequence[Sequence[SlotId | None]]) -> int:
+def _ready(chains: Sequence[Chain], found: Sequence[_Slots]) -> int:
     whole, windowed = [], []
     for chain, slots in zip(chains, found, strict=True):
         if chain.window:
@@ -269,9 +368,7 @@ def _keys(chains: Sequence[Chain], blocks: int) -> list[SequenceHash]:
     return keys
 
 
-def _missing(
-    chains: Sequence[Chain], found: Sequence[Sequence[SlotId | None]], ready: int
-) -> SequenceHash | None:
+def _missing(chains: Sequence[Chain], found: Sequence[_Slots], ready: int) -> SequenceHash | None:
     """Return the first key that keeps a hit from being longer than `ready`."""
     for chain, slots in zip(chains, found, strict=True):
         if ready < len(slots):

@@ -12,15 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId, TransferId
 from kvstrata.core.retention import BlockHint
 from kvstrata.core.tier import DISK, HOST, TierName
+from kvstrata.manager.costs import Costs
 from kvstrata.manager.explain import DEPARTURES_MAX, Departures, Gauges
 from kvstrata.manager.groups import WHOLE, split
 from kvstrata.manager.leasing import Leasing
-from kvstrata.manager.loading import AcquireAnswer, Loading, LookupAnswer
+from kvstrata.manager.loading import (
+    UNKNOWN,
+    AcquireAnswer,
+    EngineSpeed,
+    Loading,
+    LookupAnswer,
+)
 from kvstrata.manager.mismatch import FAMILIES_MAX, Families, sentence
 from kvstrata.manager.offload import Offloading
 from kvstrata.manager.onboard import Onboarding
@@ -58,14 +66,16 @@ class Manager:
         limits: Limits,
         policy: str | None = None,
         tenants: Tenants | None = None,
+        costs: Costs | None = None,
         *,
         bypass: bool = False,
     ) -> None:
         """Take over empty pools; `lower` are the tiers below the host, nearest first.
 
         `policy` names what the pools evict by; with it, gauges tell what others would have hit.
-        `tenants` has made the pools' policies, if there are guarantees. With `bypass` the host
-        keeps each block from eviction until the tier below has it.
+        `tenants` has made the pools' policies, if there are guarantees. With `costs` a hit is
+        loaded only as far as that is faster than computing it. With `bypass` the host keeps each
+        block from eviction until the tier below has it.
         """
         slots = host.slots_total + sum(tier.pool.slots_total for tier in lower)
         self._state = BrainState(
@@ -75,6 +85,7 @@ class Manager:
             limits=limits,
             policy=policy or "",
             tenants=tenants or Tenants(),
+            costs=costs,
             host_seals=[b""] * host.slots_total,
         )
         self._onboarding = Onboarding(self._state)
@@ -85,7 +96,13 @@ class Manager:
         self._state.tenants.watch(dict(self._state.pools()))
         self._families = Families(min(max(slots, 1024), FAMILIES_MAX))
         self._gauges = Gauges(host.slots_total, policy) if policy else None
-        self._loading = Loading(self._state, self._onboarding, self._storing, self._gauges)
+        self._loading = Loading(
+            self._state,
+            self._onboarding,
+            self._storing,
+            self._gauges,
+            costs.block_tokens if costs else 0,
+        )
 
     def recover(self, blocks: Sequence[StoredBlock], floor: int = 0, tier: TierName = DISK) -> None:
         """Adopt what a lower tier's store found at start, oldest first; call before all else.
@@ -116,16 +133,17 @@ class Manager:
         hashes: Sequence[SequenceHash],
         now: float,
         windows: Sequence[int] = WHOLE,
+        engine: EngineSpeed = UNKNOWN,
     ) -> LookupAnswer:
         """Return how much of the prefix is ready; start to stage what lies below the host.
 
         A model with several groups of layers has a window for each (see groups.py); `hashes` are
-        then the keys of all its blocks in the first group, then in the next. Raises ValueError,
-        and changes nothing, if that does not come out even.
+        then the keys of all its blocks in the first group, then in the next. `engine` is what it
+        says of its speed. Raises ValueError, and changes nothing, if `hashes` do not come out even.
         """
         chains = split(hashes, windows)
         self._pass_time(now)
-        return self._loading.lookup(holder, chains)
+        return self._loading.lookup(holder, chains, engine)
 
     def acquire(
         self,
@@ -200,12 +218,12 @@ class Manager:
 
         Returns whether there is anything in quarantine, so that `session_dead` must follow.
         """
-        self._loading.release_all(session)
+        self._end_loading(session)
         return self._storing.quarantine(session)
 
     def session_dead(self, session: SessionId) -> None:
         """End a session whose process is gone: nobody can write to its slots any more."""
-        self._loading.release_all(session)
+        self._end_loading(session)
         self._storing.reclaim(session)
 
     def clear(self, tiers: Collection[TierName]) -> int:
@@ -289,11 +307,20 @@ class Manager:
         return jobs
 
     def late(self, now: float) -> list[TransferId]:
-        """Give up reads past their deadline; return their ids so that the caller cancels them."""
+        """Give up reads past their deadline; return their ids so that the caller cancels them.
+
+        Jobs that are completed after it ended at `now`.
+        """
+        self._state.now = now
         return self._onboarding.give_up_late(now)
 
     def complete(self, done: JobDone) -> None:
         """Take the single end of a job."""
+        state = self._state
+        if state.costs and all(done.ok):
+            state.costs.note_done(done.transfer, state.now)
+        elif state.costs:
+            state.costs.note_failed(done.transfer, state.now)
         stored = self._storing.finish(done)
         if stored is not None:
             self._retaining.apply(HOST, stored)
@@ -352,6 +379,10 @@ class Manager:
         """Host blocks that leases keep."""
         return self._leasing.blocks
 
+    def costs(self) -> dict[str, Any]:
+        """Return what is believed of tiers and engines; empty without a cost model."""
+        return self._state.costs.statistics(self._state.now) if self._state.costs else {}
+
     def gauges(self) -> dict[str, float]:
         """Return what the host tier would have hit by `policy xSIZE`; empty without gauges."""
         return self._gauges.rates() if self._gauges else {}
@@ -372,6 +403,11 @@ class Manager:
         for tier in state.lower:
             count += self._onboarding.withdraw(tier, below[tier.name], "cleared")
         return count
+
+    def _end_loading(self, session: SessionId) -> None:
+        self._loading.release_all(session)
+        if self._state.costs:
+            self._state.costs.session_ended(session)
 
     def _behind(self, key: SequenceHash) -> set[SequenceHash]:
         parents = self._storing.parents() | self._offloading.parents()

@@ -307,6 +307,8 @@ class Offloading:
             )
             tier.written += len(slots)
             self._writes[job.transfer] = _Write(job, edge, going.end, going.relayed_from)
+            if state.costs:
+                state.costs.note_write(job.transfer, tier.name, len(slots), state.now)
             state.outbox.append(job)
         edge.let_go(rest)
 

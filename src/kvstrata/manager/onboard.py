@@ -73,12 +73,12 @@ class Onboarding:
         return any(holder in read.waiters and not read.given_up for read in self._reads.values())
 
     def stage(
-        self, hashes: Sequence[SequenceHash], holder: Holder, deadline: float
+        self, hashes: Sequence[SequenceHash], holder: Holder | None, deadline: float
     ) -> Sequence[SequenceHash]:
         """Start reads for `hashes`, which lie below the host, not in it, and are not being read.
 
         As many of them as the host has slots for, the first ones first; returns the others. Each is
-        read from the nearest tier that has it.
+        read from the nearest tier that has it. Without a `holder` nobody waits for them.
         """
         state = self._state
         reserved, evicted = reserve_prefix(state.host, hashes, list(map(self.owner_of, hashes)))
@@ -90,7 +90,10 @@ class Onboarding:
             found = tier.slots_of(keys)
             job = ReadJob(state.next_transfer(), tier.name, tuple(found), tuple(slots), tuple(keys))
             pin = tier.pool.pin(found)
-            self._reads[job.transfer] = _Read(job, tier, pin, deadline, {holder})
+            waiters = set() if holder is None else {holder}
+            self._reads[job.transfer] = _Read(job, tier, pin, deadline, waiters)
+            if state.costs:
+                state.costs.note_read(job.transfer, tier.name, len(keys), state.now)
             self._reading.update(dict.fromkeys(job.keys, job.transfer))
             state.outbox.append(job)
         return hashes[len(reserved) :]
@@ -128,6 +131,8 @@ class Onboarding:
                 continue
             self._give_up(read)
             self._state.counters.staging_timeout_blocks += len(read.job.slots)
+            if self._state.costs:
+                self._state.costs.note_given_up(transfer, now)
             late.append(transfer)
         return late
 

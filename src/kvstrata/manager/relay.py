@@ -78,6 +78,8 @@ class Relaying:
             )
             parents = tuple(source.pool.parent_of(slot) for slot in found)
             pin = source.pool.pin(found, used=False)
+            if state.costs:
+                state.costs.note_read(job.transfer, source.name, len(run), state.now)
             self._relays[job.transfer] = _Relay(job, source, target, parents, pin)
             state.outbox.append(job)
         state.counters.throttled_relay_blocks += len(keys) - len(reserved)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import HOST, Admission, TierName
+from kvstrata.manager.costs import Costs
 from kvstrata.manager.explain import Departure, Departures
 from kvstrata.manager.tenants import Tenants
 from kvstrata.pool import Pool
@@ -57,6 +58,8 @@ class Counters:
     throttled_quota_blocks: int = 0
     """Blocks an engine wanted to store, or that were to be written to a tier, while what could be
     evicted was guaranteed to other tenants."""
+    not_worth_loading_blocks: int = 0
+    """Blocks of hits that were left where they are because computing them is faster."""
     throttled_lease_blocks: int = 0
     """Blocks that a lease could not keep because leases have their share of the host."""
     kept_in_host_blocks: int = 0
@@ -112,6 +115,8 @@ class BrainState:
     """Seal of the block in each host slot; meaningful while the slot is registered."""
     tenants: Tenants = field(default_factory=Tenants)
     """Who stored what."""
+    costs: Costs | None = None
+    """What loading costs, or None to load whatever is kept."""
     policy: str = "lru"
     """Name of the eviction policy, for those who ask why."""
     counters: Counters = field(default_factory=Counters)

@@ -56,17 +56,17 @@ class Client:
         tiers: str = "host:256MiB",
         address: str | None = None,
         limits: SessionLimits | None = None,
+        prefill_tokens_per_s: float = 0.0,
     ) -> None:
         """Connect to the daemon at `address`, or start a private one with `tiers`.
 
         `namespace` names what the arrays are (a model and its revision); what is stored under
-        one `salt` is not found under another. `tenant` is who is charged for what is stored. Raises
-        ConfigError for a setting that cannot be served, DaemonError if no daemon answers.
+        one `salt` is not found under another. `tenant` is who is charged for what is stored. With
+        `prefill_tokens_per_s`, what would be computed faster is not loaded; 0 loads what is kept.
+        Raises ConfigError for a setting that cannot be served, DaemonError if no daemon answers.
         """
-        if len(tenant) > TENANT_NAME_MAX:
-            raise ConfigError(
-                f"tenant: a name of {len(tenant)} characters", hint=f"at most {TENANT_NAME_MAX}"
-            )
+        _check(tenant, prefill_tokens_per_s)
+        self._prefill_tokens_per_s = float(prefill_tokens_per_s)
         self._dtype = _dtype(dtype)
         shape = tuple(int(size) for size in block_shape)
         self._layout = BlockLayout(
@@ -120,7 +120,7 @@ class Client:
         hashes = self._hashes(tokens)
         request = next(self._requests)
         self._wait_ready(request, hashes)
-        found = self._session.lookup(request, hashes)
+        found = self._lookup(request, hashes)
         self._session.release([request])
         family = self._family(tokens)
         if family and not found.ready and found.why.startswith("never stored"):
@@ -277,12 +277,29 @@ class Client:
 
     def _wait_ready(self, request: str, hashes: Sequence[SequenceHash]) -> int:
         """Return how many leading blocks are in the host; the daemon bounds the waiting."""
-        while (found := self._session.lookup(request, hashes)).pending:
+        while (found := self._lookup(request, hashes)).pending:
             time.sleep(_POLL_S)
         return found.ready
 
+    def _lookup(self, request: str, hashes: Sequence[SequenceHash]) -> wire.Found:
+        speed = self._prefill_tokens_per_s
+        return self._session.lookup(request, hashes, prefill_tokens_per_s=speed)
+
     def _slot_array(self, slot: int) -> NDArray[Any]:
         return np.frombuffer(self._arena.slot(slot), self._dtype).reshape(self._shape)
+
+
+def _check(tenant: str, prefill_tokens_per_s: float) -> None:
+    """Raise ConfigError for a name or a speed that no daemon would take."""
+    if len(tenant) > TENANT_NAME_MAX:
+        raise ConfigError(
+            f"tenant: a name of {len(tenant)} characters", hint=f"at most {TENANT_NAME_MAX}"
+        )
+    if not 0.0 <= prefill_tokens_per_s <= wire.SPEED_MAX:
+        raise ConfigError(
+            f"prefill_tokens_per_s: {prefill_tokens_per_s} is not a speed",
+            hint="give the prompt tokens that are computed per second, or 0 if not known",
+        )
 
 
 def _dtype(dtype: DTypeLike) -> np.dtype[Any]:

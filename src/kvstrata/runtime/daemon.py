@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import signal
 import sys
@@ -60,6 +61,13 @@ def check(config: NodeConfig) -> None:
     for that to learn of a wrong size or directory.
     """
     make_policy(config.policy)
+    limits = config.limits
+    if not (0.0 <= limits.cost_margin < math.inf and limits.cost_probe_interval_s >= 0.0):
+        raise ConfigError(
+            f"cost_margin: {limits.cost_margin}, cost_probe_interval_s: "
+            f"{limits.cost_probe_interval_s}: one is negative or no number",
+            hint="leave them out, or give 0.1 and 10 for the defaults",
+        )
     check_host_size(config.host.capacity_bytes)
     for tier in config.lower.values():
         if tier.directory:

@@ -24,6 +24,7 @@ from kvstrata.tokens.family import FAMILY_BYTES, Family
 
 __all__ = [
     "PROTOCOL_VERSION",
+    "SPEED_MAX",
     "Abort",
     "Acquire",
     "Acquired",
@@ -63,6 +64,8 @@ __all__ = [
 
 PROTOCOL_VERSION: Final = 3
 """Raised whenever a message changes; client and daemon must agree."""
+SPEED_MAX: Final = 1e18
+"""Above any speed in tokens or bytes per second: more is refused, as is what is no number."""
 
 MessageT = TypeVar("MessageT")
 
@@ -73,6 +76,7 @@ _Window: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 30)]
 _Windows: TypeAlias = Annotated[tuple[_Window, ...], msgspec.Meta(min_length=1, max_length=64)]
 _Tenant: TypeAlias = Annotated[str, msgspec.Meta(max_length=TENANT_NAME_MAX)]
 _Family: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=FAMILY_BYTES)]
+_Speed: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=SPEED_MAX)]
 _Slots: TypeAlias = list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]]
 
 
@@ -115,7 +119,7 @@ class Fence(_Message, frozen=True):
 
 
 class Lookup(_Message, frozen=True):
-    """Asks how much of a prefix is kept."""
+    """Asks how much of a prefix is kept, and is worth loading."""
 
     request: _Request
     """The caller's name of the request."""
@@ -123,6 +127,10 @@ class Lookup(_Message, frozen=True):
     """Keys of the prefix, root first, joined; one group of layers after the other."""
     windows: _Windows = (0,)
     """The window of each group in blocks, 0 for full attention."""
+    prefill_tokens_per_s: _Speed = 0.0
+    """Prompt tokens that the caller's engine computes per second; 0 if it does not know."""
+    copy_bytes_per_s: _Speed = 0.0
+    """Speed of its copies from the host to its device; 0 if it does not know."""
 
 
 class Acquire(_Message, frozen=True):

@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any
 
-from kvstrata.core.config import NodeConfig, tier_names
+from kvstrata.core.config import Limits, NodeConfig, tier_names
 from kvstrata.core.tier import HOST, TierName
 from kvstrata.layout import BlockLayout
-from kvstrata.manager import LowerTier, Manager
+from kvstrata.manager import Costs, LowerTier, Manager
 from kvstrata.manager.tenants import Tenants
 from kvstrata.pool import Pool
 from kvstrata.storage.arena import Arena
@@ -63,11 +63,27 @@ class Node:
         ]
         self._host = host
         manager = Manager(
-            host, self._lower, config.limits, policy, tenants, bypass=config.host.bypass
+            host,
+            self._lower,
+            config.limits,
+            policy,
+            tenants,
+            self._make_costs(config.limits),
+            bypass=config.host.bypass,
         )
         for name, slab in self._slabs.items():
             manager.recover(slab.recover(), slab.floor, name)
         return manager
+
+    def _make_costs(self, limits: Limits) -> Costs | None:
+        if not limits.weigh_costs:
+            return None
+        return Costs(
+            self.layout.block_tokens,
+            self.layout.block_bytes,
+            margin=limits.cost_margin,
+            probe_interval_s=limits.cost_probe_interval_s,
+        )
 
     def work(self, now: float) -> None:
         """Take what has ended, decide, start what follows; never waits."""
@@ -115,6 +131,7 @@ class Node:
             | {"torn_index_entries": sum(slab.torn_entries for slab in self._slabs.values())},
             "policy": self._policy,
             "would_have_hit": self.manager.gauges(),
+            "costs": self.manager.costs(),
             **self.manager.tenants.statistics(),
             "tiers": {HOST: self._host_statistics()}
             | {

@@ -20,7 +20,7 @@ import zmq
 from kvstrata.core.config import NodeConfig, tier_names
 from kvstrata.core.errors import CallRefusedError, ConfigError, KvstrataError
 from kvstrata.core.ids import HASH_BYTES, Holder, SequenceHash, SessionId, SlotId
-from kvstrata.manager import Manager
+from kvstrata.manager import EngineSpeed, Manager
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.addresses import check_address, socket_path
 from kvstrata.runtime.node import Node
@@ -225,7 +225,8 @@ class NodeServer:
         match call:
             case wire.Lookup():
                 holder, hashes = Holder(session, call.request), wire.split_hashes(call.hashes)
-                found = manager.lookup(holder, hashes, now, call.windows)
+                speed = EngineSpeed(call.prefill_tokens_per_s, call.copy_bytes_per_s)
+                found = manager.lookup(holder, hashes, now, call.windows, speed)
                 staged: dict[str, int] = dict(found.staged.items())
                 return wire.Found(found.ready, staged, found.pending, found.until, found.why)
             case wire.Acquire():

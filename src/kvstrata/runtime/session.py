@@ -147,11 +147,19 @@ class Session:
     # -- calls ---------------------------------------------------------------------------------
 
     def lookup(
-        self, request: str, hashes: Sequence[SequenceHash], windows: Sequence[int] = (0,)
+        self,
+        request: str,
+        hashes: Sequence[SequenceHash],
+        windows: Sequence[int] = (0,),
+        *,
+        prefill_tokens_per_s: float = 0.0,
+        copy_bytes_per_s: float = 0.0,
     ) -> wire.Found:
-        """See `Manager.lookup`."""
-        message = wire.Lookup(request, wire.join_hashes(hashes), tuple(windows))
-        return self.call(message, wire.Found)
+        """See `Manager.lookup`; the speeds are the engine's, 0 where not known."""
+        joined = wire.join_hashes(hashes)
+        speeds = prefill_tokens_per_s, copy_bytes_per_s
+        call = wire.Lookup(request, joined, tuple(windows), *speeds)
+        return self.call(call, wire.Found)
 
     def acquire(
         self, request: str, hashes: Sequence[SequenceHash], windows: Sequence[int] = (0,)

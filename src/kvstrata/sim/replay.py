@@ -18,7 +18,7 @@ import numpy as np
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId
 from kvstrata.core.tier import HOST, Admission, TierName
-from kvstrata.manager import LowerTier, Manager
+from kvstrata.manager import Costs, EngineSpeed, LowerTier, Manager, TierSeed
 from kvstrata.policy import EvictionPolicy, make_policy
 from kvstrata.pool import Pool
 from kvstrata.sim.belady import NEVER, BeladyPolicy
@@ -127,8 +127,14 @@ class Replay:
         lower: Sequence[LowerSlots],
         hardware: Hardware,
         block_tokens: int,
+        *,
+        weigh_costs: bool = False,
     ) -> None:
-        """Make empty tiers, `lower` nearest first. Raises ConfigError for an unknown policy."""
+        """Make empty tiers, `lower` nearest first. Raises ConfigError for an unknown policy.
+
+        With `weigh_costs` a hit is loaded only as far as `hardware` loads it faster than it would
+        compute it.
+        """
         self._policy = policy
         self._next_use: dict[SequenceHash | None, int] = {}
         self._block_tokens = block_tokens
@@ -137,7 +143,9 @@ class Replay:
             LowerTier(tier.name, Pool(tier.slots, self._make_policy()), tier.admission)
             for tier in lower
         ]
-        self._manager = Manager(self._host, self._lower, _LIMITS)
+        costs = _costs(hardware, self._lower, block_tokens) if weigh_costs else None
+        self._engine = EngineSpeed(hardware.prefill_tokens_per_s, hardware.host.read_bytes_per_s)
+        self._manager = Manager(self._host, self._lower, _LIMITS, costs=costs)
         self._clock = _Clock(hardware, hardware.block_bytes(block_tokens))
         self._requests = self._blocks = 0
         self._moved: Counter[str] = Counter()
@@ -179,10 +187,10 @@ class Replay:
         if future is not None:  # what never comes again is not worth a place
             self._next_use.update(zip(blocks, future, strict=True))
             worth = next((place for place, use in enumerate(future) if use == NEVER), worth)
-        found = manager.lookup(holder, blocks, now)
+        found = manager.lookup(holder, blocks, now, engine=self._engine)
         while found.pending:
             self._carry_out(now)
-            found = manager.lookup(holder, blocks, now)
+            found = manager.lookup(holder, blocks, now, engine=self._engine)
         held = manager.acquire(holder, blocks[: found.ready], now)
         hit = len(held.slots)
         room = manager.reserve(holder, blocks[hit - 1] if hit else None, blocks[hit:worth])
@@ -210,6 +218,17 @@ class Replay:
         elif isinstance(job, WriteJob):
             self._moved[f"host to {job.tier}"] += count
         return JobDone(job.transfer, (True,) * count, (b"",) * count)
+
+
+def _costs(hardware: Hardware, lower: Sequence[LowerTier], block_tokens: int) -> Costs:
+    """Return a cost model that knows `hardware`; replayed jobs take no time to learn from."""
+    block_bytes = hardware.block_bytes(block_tokens)
+    speeds = {HOST: hardware.host} | {tier.name: hardware.speed(tier.name) for tier in lower}
+    seeds = {
+        str(name): TierSeed(block_bytes / speed.read_bytes_per_s, speed.latency_s)
+        for name, speed in speeds.items()
+    }
+    return Costs(block_tokens, block_bytes, seeds=seeds, learns=False)
 
 
 def next_uses(requests: Sequence[TraceRequest]) -> list[list[int]]:

@@ -132,9 +132,12 @@ class Load:
         lower: Sequence[LowerSlots],
         hardware: Hardware,
         progress: Callable[[int], None] | None = None,
+        *,
+        weigh_costs: bool = False,
     ) -> ReplayReport:
         """Return what `policy` does with tiers of these sizes."""
-        replay = Replay(policy, host_slots, lower, hardware, self.block_tokens)
+        tokens = self.block_tokens
+        replay = Replay(policy, host_slots, lower, hardware, tokens, weigh_costs=weigh_costs)
         requests: Iterable[TraceRequest] = self
         if progress:
             requests = _told(self, progress)
@@ -149,6 +152,8 @@ def sweep(
     below: Sequence[LowerExtent],
     hardware: Hardware,
     progress: Callable[[int], None] | None = None,
+    *,
+    weigh_costs: bool = False,
 ) -> Iterator[Cell]:
     """Yield a cell for every policy and host size; `progress` is told of requests.
 
@@ -162,7 +167,7 @@ def sweep(
     ]
     for policy in policies:
         for host, slots in sizes:
-            report = load.replay(policy, slots, lower, hardware, progress)
+            report = load.replay(policy, slots, lower, hardware, progress, weigh_costs=weigh_costs)
             fraction = slots / load.unique if host.fraction is None else host.fraction
             yield Cell(fraction, host, report)
 

@@ -23,7 +23,7 @@ from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId
 from kvstrata.core.retention import BlockHint
 from kvstrata.core.tier import DISK, HOST, Admission, TierName
-from kvstrata.manager import Counters, LowerTier, Manager
+from kvstrata.manager import Costs, Counters, EngineSpeed, LowerTier, Manager
 from kvstrata.manager.groups import WHOLE, Chain
 from kvstrata.policy import make_policy, policy_names
 from kvstrata.pool import Pool
@@ -185,7 +185,9 @@ class SimWorld:
         return Pool(slots, make_policy(policy))
 
     def _make_manager(self, lower: list[LowerTier], policy: str) -> Manager:
-        return Manager(self._host, lower, LIMITS, policy, bypass=self._bypass)
+        costs = Costs(64, 1 << 20, probe_interval_s=20.0) if self.seed % 4 == 0 else None
+        bypass = self._bypass
+        return Manager(self._host, lower, LIMITS, policy, costs=costs, bypass=bypass)
 
     def _crash(self) -> None:
         """End the daemon between any two writes of any job, and start another one."""
@@ -261,7 +263,8 @@ class SimWorld:
 
     def _lookup(self, request: _Request) -> None:
         keys = request.keys(len(request.chain))
-        answer = self._manager.lookup(request.holder, keys, self.now, request.windows)
+        speed = EngineSpeed(self._random.choice([50.0, 500.0, 5000.0]), 0.0)
+        answer = self._manager.lookup(request.holder, keys, self.now, request.windows, speed)
         self._note(f"ready {answer.ready} pending {answer.pending}")
         if answer.pending:
             assert answer.until > self.now, "told to wait until a moment that has passed"

@@ -196,13 +196,18 @@ def replay(
     block_tokens: BlockTokens = None,
     plot: Picture = None,
     *,
+    weigh_costs: Annotated[
+        bool, typer.Option("--weigh-costs", help="Load only what the hardware computes slower.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Replay a trace through the real manager: hit rates, moves, evictions, time to first token."""
     from kvstrata.apps.cli.traces import Source, run_replay
 
     source = Source(trace, trace_format, block_tokens, hardware)
-    run_replay(source, policy or [], tiers, capacity, plot, as_json=as_json)
+    run_replay(
+        source, policy or [], tiers, capacity, plot, weigh_costs=weigh_costs, as_json=as_json
+    )
 
 
 @app.command()

@@ -36,6 +36,10 @@ class ServeSettings(BaseSettings):
     """Tenants with a guarantee, `;` between them: `a=30%;b=host:8GiB,disk:100GiB`."""
     explain_across_salts: bool = False
     """Whether a client may learn that a prompt is stored under a salt that is not its own."""
+    weigh_costs: bool = True
+    """Whether a hit is loaded only as far as that is faster than computing it; else all of it."""
+    cost_margin: float = Field(default=0.1, ge=0, le=100)
+    """By which share of its own time loading must be faster than computing."""
     transfer_threads: int = Field(default=2, ge=1, le=64)
     """Threads that move bytes to and from disk."""
     checksum_threads: int = Field(default=1, ge=1, le=64)
@@ -91,6 +95,8 @@ class ServeSettings(BaseSettings):
             limits=Limits(
                 staging_timeout_s=self.staging_timeout_s,
                 offload_priority_min=self.offload_priority_min,
+                weigh_costs=self.weigh_costs,
+                cost_margin=self.cost_margin,
                 transfer_threads=self.transfer_threads,
                 checksum_threads=self.checksum_threads,
             ),

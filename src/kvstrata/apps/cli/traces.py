@@ -61,6 +61,7 @@ def run_replay(
     capacity: str | None,
     plot: Path | None,
     *,
+    weigh_costs: bool,
     as_json: bool,
 ) -> None:
     """Replay every policy at every capacity; print a table or JSON, draw a picture."""
@@ -78,7 +79,7 @@ def run_replay(
     began = time.monotonic()
     steps = len(names) * len(hosts) * load.requests
     with _bar("replaying", steps) as advance:
-        cells = list(sweep(load, names, hosts, below, hardware, advance))
+        cells = list(sweep(load, names, hosts, below, hardware, advance, weigh_costs=weigh_costs))
     if plot:
         curves = {
             name: [(100 * c.capacity, 100 * c.report.hit) for c in cells if c.report.policy == name]

@@ -77,6 +77,8 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped he
     """Requests to load for."""
     saves: list[SaveJob] = field(default_factory=list)
     """Requests to save from."""
+    step: int = 0
+    """Number of the step if it computes anything, to come back in its report."""
 
 
 @dataclass(slots=True)
@@ -89,10 +91,21 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
     """Saves whose slots hold every byte."""
     unsaved: list[SaveJob] = field(default_factory=list)
     """Saves that could not be made."""
+    step: int = 0
+    """Number of the step, 0 if it computed nothing."""
+    copied_bytes: int = 0
+    """Bytes copied into the engine's pages."""
+    copied_s: float = 0.0
+    """How long that took."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         """Join the reports of two workers; kvstrata serves one, so the other is empty."""
         assert isinstance(other, StepReport)
         return StepReport(
-            self.loaded | other.loaded, self.saved + other.saved, self.unsaved + other.unsaved
+            self.loaded | other.loaded,
+            self.saved + other.saved,
+            self.unsaved + other.unsaved,
+            max(self.step, other.step),
+            self.copied_bytes + other.copied_bytes,
+            max(self.copied_s, other.copied_s),
         )

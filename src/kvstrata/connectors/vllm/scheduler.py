@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvstrata.connectors.speeds import CopyMeter, PrefillMeter
 from kvstrata.connectors.vllm.hints import RequestHints, hints_for, read_hints
 from kvstrata.connectors.vllm.metadata import LoadJob, PageCopy, SaveJob, StepPlan, StepReport
 from kvstrata.core.errors import CallRefusedError, DaemonError
@@ -84,6 +86,8 @@ class SchedulerHalf:
         self._keys_epoch = 0
         self._fenced = False
         self._clear_owed = False
+        self._steps = itertools.count(1)
+        self._prefill, self._copies = PrefillMeter(), CopyMeter()
 
     def fence(self, pids: Sequence[int]) -> None:
         """Learn which processes will fill slots; until the daemon knows, nothing is saved."""
@@ -108,7 +112,12 @@ class SchedulerHalf:
         if len(hashes) * self._block_tokens <= local_tokens:
             return 0
         try:
-            found = self.session.lookup(tracked.name, hashes)
+            found = self.session.lookup(
+                tracked.name,
+                hashes,
+                prefill_tokens_per_s=self._prefill.tokens_per_s,
+                copy_bytes_per_s=self._copies.bytes_per_s,
+            )
         except DaemonError as error:
             self._note(error)
             return 0
@@ -154,6 +163,7 @@ class SchedulerHalf:
         """Return the step's loads, and the saves of blocks that this step completes."""
         plan = StepPlan(loads=self._loads)
         self._loads = []
+        self._measure(plan, output)
         if self._enabled and self._fenced and self._ready():
             for request_id, tokens in output.num_scheduled_tokens.items():
                 tracked = self._requests.get(request_id)
@@ -168,6 +178,9 @@ class SchedulerHalf:
 
     def take_report(self, report: StepReport) -> None:
         """Tell the daemon what the worker did."""
+        if report.step:
+            self._prefill.ended(report.step, time.monotonic())
+        self._copies.copied(report.copied_bytes, report.copied_s)
         done: list[_Tracked] = []
         for request_id, good_pages in report.loaded.items():
             tracked = self._requests.get(request_id)
@@ -225,6 +238,23 @@ class SchedulerHalf:
                 return False
             self._clear_owed = False
         return True
+
+    def _measure(self, plan: StepPlan, output: SchedulerOutput) -> None:
+        """Number the step and note what it computes, to learn how fast prompts are."""
+        scheduled = output.num_scheduled_tokens
+        if not scheduled:
+            return
+        plan.step = next(self._steps)
+        prompt = 0
+        for request_id, tokens in scheduled.items():
+            tracked = self._requests.get(request_id)
+            if tracked:
+                request = tracked.request
+                missing = request.num_prompt_tokens - request.num_computed_tokens
+                prompt += min(max(missing, 0), tokens)
+        # A step that also loads takes longer; that is not the prompt's doing.
+        counted = 0 if plan.loads else prompt
+        self._prefill.scheduled(plan.step, counted, sum(scheduled.values()), time.monotonic())
 
     def _count(self, tracked: _Tracked, good_pages: int) -> None:
         """Add what a load has brought to the request's account."""

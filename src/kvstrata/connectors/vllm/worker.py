@@ -8,6 +8,7 @@ vLLM computes them.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,7 +58,12 @@ class WorkerHalf:
         """Fill the pages of every load in `plan`."""
         self._follow(plan)
         for job in plan.loads:
+            began = time.perf_counter()
             failed = self._load(job)
+            if not failed:
+                size = len(job.copy.pages) * self._cache.page_bytes * self._cache.layers
+                self._report.copied_bytes += size
+                self._report.copied_s += time.perf_counter() - began
             self._failed_pages.update(job.lost_pages, failed)
             # vLLM computes from the first failed page on, whatever lies behind it.
             good = min(map(job.copy.pages.index, failed), default=len(job.copy.pages))
@@ -81,7 +87,8 @@ class WorkerHalf:
     def take_report(self) -> StepReport | None:
         """Return what was done since the last call, None if nothing was."""
         report, self._report = self._report, StepReport()
-        return report if report.loaded or report.saved or report.unsaved else None
+        told = report.loaded or report.saved or report.unsaved or report.step
+        return report if told else None
 
     def close(self) -> None:
         """Unmap the arena."""
@@ -117,6 +124,7 @@ class WorkerHalf:
 
     def _follow(self, plan: StepPlan) -> None:
         """Map the arena of a new epoch; while there is no daemon the old data is still right."""
+        self._report.step = plan.step
         if plan.arena is None or plan.epoch == self._epoch:
             return
         self.close()
