@@ -23,6 +23,7 @@ for example a chunk of HTTP transfer encoding."""
 
 SEAMS = {
     "EvictionPolicy": "eviction-policy",
+    "KeyedStore": "keyed-store",
     "TierStore": "tier-store",
     "TransferBackend": "transfer-backend",
 }

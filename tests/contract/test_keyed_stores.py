@@ -1,0 +1,90 @@
+"""Every shipped keyed store, and every wrapper, under the laws of the seam."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+
+import pytest
+
+from kvstrata.layout import BlockLayout, Dimension
+from kvstrata.storage.directory import DirectoryLimits, DirectoryStore
+from kvstrata.testing.contracts.keyed_store import KeyedStoreContract
+from kvstrata.testing.keyed import (
+    DelayedKeyedStore,
+    FaultyKeyedStore,
+    KeyedFaults,
+    MemoryKeyedStore,
+)
+
+
+class TestMemory(KeyedStoreContract):
+    durable = False
+
+    @pytest.fixture
+    def open_store(self):
+        return MemoryKeyedStore
+
+
+class TestFaultyWithoutFaults(KeyedStoreContract):
+    durable = False
+
+    @pytest.fixture
+    def open_store(self):
+        return lambda: FaultyKeyedStore(MemoryKeyedStore(), KeyedFaults(), random.Random(1))
+
+
+class TestDelayed(KeyedStoreContract):
+    """Late is no fault."""
+
+    durable = False
+
+    @pytest.fixture
+    def open_store(self):
+        return lambda: DelayedKeyedStore(MemoryKeyedStore(), 0.005, random.Random(1))
+
+
+LAYOUT = BlockLayout((Dimension("layer", 3), Dimension("channel", 1000)), "int8", 8, "test")
+QUIET = DirectoryLimits(collect_interval_s=None)
+
+
+class TestDirectory(KeyedStoreContract):
+    direct = True
+
+    @pytest.fixture
+    def open_store(self, tmp_path):
+        def open_one():
+            return DirectoryStore.open(
+                str(tmp_path / "share"), 1 << 30, LAYOUT, limits=QUIET, direct=self.direct
+            )
+
+        return open_one
+
+
+class TestDirectoryThroughThePageCache(TestDirectory):
+    direct = False
+
+
+class TestDirectoryWithoutLinks(TestDirectory):
+    """Some file systems have no hard links: the last of several writers wins there."""
+
+    @pytest.fixture(autouse=True)
+    def _no_links(self, monkeypatch):
+        def refuse(*_names):
+            raise PermissionError(errno.EPERM, "no hard links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+
+    def test_it_says_so(self, store):
+        assert not store.exclusive
+
+
+class TestFaultyDirectoryWithoutFaults(TestDirectory):
+    @pytest.fixture
+    def open_store(self, tmp_path):
+        def open_one():
+            inner = DirectoryStore.open(str(tmp_path), 1 << 30, LAYOUT, limits=QUIET)
+            return FaultyKeyedStore(inner, KeyedFaults(), random.Random(1))
+
+        return open_one
