@@ -88,3 +88,32 @@ class TestFaultyDirectoryWithoutFaults(TestDirectory):
             return FaultyKeyedStore(inner, KeyedFaults(), random.Random(1))
 
         return open_one
+
+
+class TestObjectsOfRclone(KeyedStoreContract):
+    """A real server, which checks signatures and ignores conditions."""
+
+    @pytest.fixture
+    def open_store(self, s3_url):
+        from kvstrata.storage.objects import ObjectStore
+
+        return lambda: ObjectStore.open(s3_url, LAYOUT)
+
+    def test_it_says_that_conditions_are_ignored(self, store):
+        assert not store.exclusive
+
+
+class TestObjectsWithConditions(KeyedStoreContract):
+    """The client's own store in memory, which honours conditions."""
+
+    @pytest.fixture
+    def open_store(self):
+        stores = pytest.importorskip("obstore.store", reason="no obstore installed")
+        from kvstrata.storage.location import parse_location
+        from kvstrata.storage.objects import ObjectStore
+
+        client, place = stores.MemoryStore(), parse_location("s3://bucket/some/prefix")
+        return lambda: ObjectStore.open_client(client, place, LAYOUT)
+
+    def test_it_says_that_conditions_are_honoured(self, store):
+        assert store.exclusive
