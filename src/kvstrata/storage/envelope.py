@@ -65,6 +65,7 @@ class Refusal(Enum):
 
     SHORT = "cut short"
     LONG = "longer than a block of its kind can be"
+    UNFIT = "of a length that no such block has"
     FOREIGN = "not written by kvstrata"
     NEWER = "written by a newer version"
     DAMAGED = "header damaged"

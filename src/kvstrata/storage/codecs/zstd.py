@@ -4,7 +4,7 @@
 
 Of a float's bytes those with sign and exponent repeat and the others hardly do; apart, the first
 compress well and the others are recognised as noise quickly. Level 1 is both the fastest and, on
-KV, the densest (docs/adr/0007); blosc2 packs as densely, slower, and brings an HTTP client along.
+KV, the densest (docs/adr/0006); blosc2 packs as densely, slower, and brings an HTTP client along.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class ZstdCodec:
             with decompressor.stream_reader(stored[1:]) as reader:
                 done = _fill(reader, target)
                 if done != length or reader.read(1):
-                    raise ChecksumError(f"zstd: {done} bytes instead of {length}")
+                    raise ChecksumError(f"zstd: {done} bytes of {length}, or more behind them")
         except self._library.ZstdError as error:
             raise ChecksumError(f"zstd: {error}") from error
         if item > 1:
