@@ -129,6 +129,9 @@ class _Keyed(TransferBackendContract):
         return self.make_end(MemoryKeyedStore())
 
     def make_end(self, store):
+        if self.chain != "none":
+            for module in ("zstandard", "cryptography"):
+                pytest.importorskip(module, reason=f"no {module} installed (kvstrata[codecs])")
         settings = CodecSettings("int8", bytes(32))
         return KeyedEnd(store, make_chain(self.chain, settings), b"f" * 16)
 
