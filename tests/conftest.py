@@ -74,3 +74,15 @@ def s3_url(s3_server, monkeypatch):
         monkeypatch.setenv(name, value)
     bucket, _, endpoint = s3_server.url.partition("?")
     return f"{bucket}/{uuid.uuid4().hex}?{endpoint}"
+
+
+@pytest.fixture(scope="session")
+def azure_server(tmp_path_factory):
+    """A real Azure Blob server of this session's own; skips, by name, where azurite is missing."""
+    from kvstrata.testing.azure import AzuriteServer, find_azurite
+
+    pytest.importorskip("obstore", reason="no obstore installed (pip install 'kvstrata[object]')")
+    if find_azurite() is None:
+        pytest.skip("no azurite-blob here (npm install -g azurite)")
+    with AzuriteServer(tmp_path_factory.mktemp("azure")) as server:
+        yield server

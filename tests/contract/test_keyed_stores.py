@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import random
+import uuid
 
 import pytest
 
+from kvstrata.core.errors import ConfigError
 from kvstrata.layout import BlockLayout, Dimension
 from kvstrata.storage.directory import DirectoryLimits, DirectoryStore
 from kvstrata.testing.contracts.keyed_store import KeyedStoreContract
@@ -117,3 +119,31 @@ class TestObjectsWithConditions(KeyedStoreContract):
 
     def test_it_says_that_conditions_are_honoured(self, store):
         assert store.exclusive
+
+
+class TestObjectsOfAzurite(KeyedStoreContract):
+    """A real server of another protocol, which honours conditions."""
+
+    @pytest.fixture
+    def open_store(self, azure_server, monkeypatch):
+        from kvstrata.storage.objects import ObjectStore
+
+        for name, value in azure_server.environment.items():
+            monkeypatch.setenv(name, value)
+        container, _, endpoint = azure_server.url.partition("?")
+        url = f"{container}/{uuid.uuid4().hex}?{endpoint}"
+        return lambda: ObjectStore.open(url, LAYOUT)
+
+    def test_it_says_that_conditions_are_honoured(self, store):
+        assert store.exclusive
+
+    def test_wrong_credentials_and_a_missing_container(self, azure_server, open_store, monkeypatch):
+        from kvstrata.storage.objects import ObjectStore
+
+        open_store().close()
+        with pytest.raises(ConfigError, match="ContainerNotFound"):
+            ObjectStore.open(azure_server.url.replace("kvstrata-test?", "nobody?"), LAYOUT)
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "aHVudGVyMmh1bnRlcjI=")
+        with pytest.raises(ConfigError, match="credentials") as caught:
+            ObjectStore.open(azure_server.url, LAYOUT)
+        assert "aHVudGVyMm" not in str(caught.value)
