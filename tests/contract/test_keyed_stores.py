@@ -147,3 +147,23 @@ class TestObjectsOfAzurite(KeyedStoreContract):
         with pytest.raises(ConfigError, match="credentials") as caught:
             ObjectStore.open(azure_server.url, LAYOUT)
         assert "aHVudGVyMm" not in str(caught.value)
+
+
+class TestObjectsOfAGivenServer(KeyedStoreContract):
+    """Any server of yours: KVSTRATA_TEST_OBJECTS=s3://bucket?endpoint=..., and its credentials."""
+
+    @pytest.fixture
+    def open_store(self):
+        from kvstrata.storage.objects import ObjectStore
+
+        given = os.environ.get("KVSTRATA_TEST_OBJECTS")
+        if not given:
+            pytest.skip("KVSTRATA_TEST_OBJECTS names no server (a Ceph RGW, for example)")
+        bucket, _, endpoint = given.partition("?")
+        url = f"{bucket}/{uuid.uuid4().hex}?{endpoint}"
+        return lambda: ObjectStore.open(url, LAYOUT)
+
+    def test_conditions_are_honoured_or_it_says_so(self, store, open_store):
+        other = open_store()
+        assert other.exclusive is store.exclusive
+        other.close()

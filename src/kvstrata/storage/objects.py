@@ -411,7 +411,8 @@ def _make_client(location: Location, timeout_s: float) -> Any:
                 options["account_name"] = account
             return stores.AzureStore(location.bucket, **options)
         return stores.GCSStore(location.bucket, **options)
-    except (BaseError, OSError) as error:
-        raise ConfigError(
-            f"tiers.object: {location}: {explain(error).text}", hint=_HINTS[Kind.DENIED]
+    except (BaseError, OSError):
+        raise ConfigError(  # without the client's text, which may quote a setting
+            f"tiers.object: {location}: the client cannot be set up for it",
+            hint=f"{_HINTS[Kind.DENIED]}; Azure also needs account=NAME",
         ) from None

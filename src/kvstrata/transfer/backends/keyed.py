@@ -108,7 +108,7 @@ class KeyedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class KeyedEnd:
-    """A keyed store as one end of a transfer."""
+    """A keyed store as one end of one transfer; the next transfer gets a fresh one."""
 
     store: KeyedStore
     """Where the blocks are."""
