@@ -116,6 +116,14 @@ class TestFiles:
         with pytest.raises(ChecksumError):
             read(store, 1)
 
+    @pytest.mark.parametrize("direct", [True, False])
+    def test_a_little_too_long_is_damage_in_aligned_memory_too(self, open_store, direct):
+        store = open_store(direct=direct)
+        store.put(key(1), HEADER, payload(1, 4296))
+        target = mmap.mmap(-1, 8192)
+        with pytest.raises(ChecksumError):
+            store.get(key(1), memoryview(bytearray(HEADER_BYTES)), memoryview(target)[:4196])
+
     def test_nothing_is_left_of_a_put_that_failed(self, open_store, tmp_path, monkeypatch):
         store = open_store()
         put(store, 1)

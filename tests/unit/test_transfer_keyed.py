@@ -207,6 +207,7 @@ class TestNeverTheWrongBlock:
         store.blocks[KEYS[0]] = store.blocks[KEYS[1]]
         assert read(backend, end, plan([0]))[0].failed_ops == (0,)
         assert end.answers[0].result is KeyedResult.DAMAGED
+        assert end.answers[0].reason.endswith("another block's key")
 
     def test_a_whole_payload_under_another_header(self, backend):
         """A header with a right CRC that claims a payload which is not its own."""
