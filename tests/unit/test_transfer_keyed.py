@@ -312,6 +312,21 @@ class TestConcurrency:
         backend.close()
         assert not any(t.name.startswith("kvstrata-keyed") for t in threading.enumerate())
 
+    def test_a_store_that_hangs_does_not_hold_close_for_ever(self):
+        store, free = MemoryKeyedStore(), threading.Event()
+        store.get = lambda *_: free.wait(20) and None
+        backend = KeyedBackend(threads=2, close_timeout_s=0.2)
+        backend.submit(1, plan(), end_of(store), memory())
+        begun = time.monotonic()
+        backend.close()
+        assert 0.1 < time.monotonic() - begun < 2
+        assert backend.poll() == []
+        free.set()
+        deadline = time.monotonic() + 10
+        while not (found := backend.poll()):
+            assert time.monotonic() < deadline
+        assert found[0].outcome is Outcome.CANCELLED
+
     def test_two_ends_that_are_no_store_fail(self, backend):
         done = run(backend, plan(), memory(DATA), memory())
         assert len(done.failed_ops) == BLOCKS

@@ -55,6 +55,7 @@ __all__ = ["DirectoryLimits", "DirectoryStore"]
 
 _HEX: Final = frozenset("0123456789abcdef")
 _ROUNDS_MAX: Final = 3
+_CLOSE_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +231,7 @@ class DirectoryStore:
         self._stop.set()
         self._wake.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_CLOSE_S)  # a walk over a share that hangs ends with the process
             self._thread = None
 
     def collect(self) -> int:

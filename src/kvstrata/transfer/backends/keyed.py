@@ -9,7 +9,9 @@ it. What was read into memory and not found good fails its op: the owner does no
 Concurrency: `threads` workers named `kvstrata-keyed-<n>` take single ops, so the blocks of one
 transfer move side by side; at most `queue_transfers_max` transfers are under way. One lock guards
 what is under way; completions go through a SimpleQueue that only the owner polls. A worker waits
-for its store alone, and stores bound their calls. `close` skips what has not begun and joins.
+for its store alone; one that hangs for ever, as a dead NFS mount does, holds the workers of this
+backend, so give each store a backend of its own. `close` skips what has not begun and joins for
+at most `close_timeout_s`; what hangs longer never completes, and its place is never free.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import logging
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -187,11 +190,13 @@ class KeyedBackend:
         *,
         threads: int = 16,
         queue_transfers_max: int = 1024,
+        close_timeout_s: float = 30.0,
         notify: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the workers: 8 to 64, as many as requests shall be under way at once."""
         self._notify = notify
         self._queue_transfers_max = queue_transfers_max
+        self._close_timeout_s = close_timeout_s
         self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
         self._under_way: dict[TransferId, _Work] = {}
@@ -252,8 +257,9 @@ class KeyedBackend:
                 work.cancelled = True
         for _ in self._threads:
             self._pieces.put(None)
+        until_s = time.monotonic() + self._close_timeout_s
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until_s - time.monotonic()))
 
     # -- workers -------------------------------------------------------------------------------
 
