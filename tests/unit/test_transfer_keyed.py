@@ -313,10 +313,16 @@ class TestConcurrency:
         assert not any(t.name.startswith("kvstrata-keyed") for t in threading.enumerate())
 
     def test_a_store_that_hangs_does_not_hold_close_for_ever(self):
-        store, free = MemoryKeyedStore(), threading.Event()
-        store.get = lambda *_: free.wait(20) and None
+        store, asked, free = MemoryKeyedStore(), threading.Event(), threading.Event()
+
+        def hang(*_arguments):
+            asked.set()
+            free.wait(20)
+
+        store.get = hang
         backend = KeyedBackend(threads=2, close_timeout_s=0.2)
         backend.submit(1, plan(), end_of(store), memory())
+        assert asked.wait(10)
         begun = time.monotonic()
         backend.close()
         assert 0.1 < time.monotonic() - begun < 2
