@@ -122,7 +122,7 @@ class _Keyed(TransferBackendContract):
 
     @pytest.fixture
     def backend(self):
-        return KeyedBackend(threads=4, queue_transfers_max=64)
+        return KeyedBackend(threads=4, queue_transfers_max=48)
 
     @pytest.fixture
     def end(self):
@@ -208,7 +208,7 @@ class TestKeyedWriteDelayed(TestKeyedWrite):
 class TestFaultyKeyedWrite(TestKeyedWrite):
     @pytest.fixture
     def backend(self):
-        inner = KeyedBackend(threads=4, queue_transfers_max=64)
+        inner = KeyedBackend(threads=4, queue_transfers_max=48)
         return FaultyBackend(inner, Faults(), random.Random(1))
 
 
