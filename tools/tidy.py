@@ -22,7 +22,9 @@ ALLOWED_WORDS: dict[str, frozenset[str]] = {}
 for example a chunk of HTTP transfer encoding."""
 
 SEAMS = {
+    "Codec": "codec",
     "EvictionPolicy": "eviction-policy",
+    "KeyedStore": "keyed-store",
     "TierStore": "tier-store",
     "TransferBackend": "transfer-backend",
 }

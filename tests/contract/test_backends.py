@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 import threading
 
 import pytest
 
 from kvstrata.storage.base import FileRegion, MemoryRegion
+from kvstrata.storage.codecs import CodecSettings, make_chain
 from kvstrata.testing.contracts.transfer_backend import Ends, TransferBackendContract
 from kvstrata.testing.fakes import Faults, FaultyBackend
+from kvstrata.testing.keyed import DelayedKeyedStore, MemoryKeyedStore
+from kvstrata.transfer.backends.keyed import KeyedBackend, KeyedEnd, KeyedOp
 from kvstrata.transfer.backends.memcpy import MemcpyBackend
 from kvstrata.transfer.backends.posix import PosixBackend
 from kvstrata.transfer.base import Completion, CopyOp, Outcome
@@ -104,6 +108,108 @@ class TestFaultyLate(TestPosixWrite):
     @pytest.fixture
     def backend(self):
         return FaultyBackend(PosixBackend(threads=2), Faults(late_polls=5), random.Random(1))
+
+
+def _key(source_offset, target_offset, length):
+    """Return a key that no other move has; what it says is how a test finds its bytes again."""
+    return struct.pack("<iii4x", source_offset, target_offset, length)
+
+
+class _Keyed(TransferBackendContract):
+    """A move of the suite as a keyed op; the chain and the store are a subclass's."""
+
+    chain = "none"
+
+    @pytest.fixture
+    def backend(self):
+        return KeyedBackend(threads=4, queue_transfers_max=48)
+
+    @pytest.fixture
+    def end(self):
+        return self.make_end(MemoryKeyedStore())
+
+    def make_end(self, store):
+        if self.chain != "none":
+            for module in ("zstandard", "cryptography"):
+                pytest.importorskip(module, reason=f"no {module} installed (kvstrata[codecs])")
+        settings = CodecSettings("int8", bytes(32))
+        return KeyedEnd(store, make_chain(self.chain, settings), b"f" * 16)
+
+
+class TestKeyedWrite(_Keyed):
+    capability = ("memory", "keyed")
+
+    @pytest.fixture
+    def ends(self, pattern, end):
+        return Ends(_memory(pattern), end, LENGTH, pattern, lambda: self.read(end))
+
+    def op(self, source_offset, target_offset, length, first=0):
+        key = _key(source_offset, target_offset, length)
+        offset = source_offset if target_offset >= 0 else -1  # a store has no byte -1 either
+        return KeyedOp(key, offset, length, first)
+
+    def read(self, end):
+        """Every block that is in the store, each where its move wanted it."""
+        found = bytearray(LENGTH)
+        reader = KeyedBackend(threads=1)
+        for entry in end.store.entries():
+            _, target, length = struct.unpack("<iii4x", entry.key)
+            into = _memory(bytes(length))
+            assert reader.submit(1, [KeyedOp(entry.key, 0, length)], end, into)
+            assert self.drain(reader, [1])[1].outcome is Outcome.DONE
+            found[target : target + length] = into.view
+        reader.close()
+        return bytes(found)
+
+
+class TestKeyedRead(_Keyed):
+    capability = ("keyed", "memory")
+
+    @pytest.fixture
+    def ends(self, pattern, end, monkeypatch):
+        target = _memory(bytes(LENGTH))
+        writer = KeyedBackend(threads=1)
+        source = _memory(pattern)
+
+        def op(source_offset, target_offset, length, first=0):
+            """What is read must have been written; what has no bytes to read is a miss."""
+            key = _key(source_offset, 0, length)
+            if 0 <= source_offset <= LENGTH - length and not end.store.exists([key])[0]:
+                written = KeyedOp(key, source_offset, length)
+                assert writer.submit(1, [written], source, end)
+                assert self.drain(writer, [1])[1].outcome is Outcome.DONE
+            return KeyedOp(key, target_offset, length, first)
+
+        monkeypatch.setattr(self, "op", op)
+        yield Ends(end, target, LENGTH, pattern, lambda: bytes(target.view))
+        writer.close()
+
+
+class TestKeyedWriteEncoded(TestKeyedWrite):
+    chain = "zstd+aes"
+
+
+class TestKeyedReadEncoded(TestKeyedRead):
+    chain = "zstd+aes"
+
+
+class TestKeyedReadDelayed(TestKeyedRead):
+    @pytest.fixture
+    def end(self):
+        return self.make_end(DelayedKeyedStore(MemoryKeyedStore(), 0.002, random.Random(1)))
+
+
+class TestKeyedWriteDelayed(TestKeyedWrite):
+    @pytest.fixture
+    def end(self):
+        return self.make_end(DelayedKeyedStore(MemoryKeyedStore(), 0.002, random.Random(1)))
+
+
+class TestFaultyKeyedWrite(TestKeyedWrite):
+    @pytest.fixture
+    def backend(self):
+        inner = KeyedBackend(threads=4, queue_transfers_max=48)
+        return FaultyBackend(inner, Faults(), random.Random(1))
 
 
 OPS = [CopyOp(at, at, 1024, at // 1024) for at in range(0, LENGTH, 1024)]

@@ -3,5 +3,5 @@
 import pytest
 
 # So that a broken law shows the values that broke it, as in a test module.
-for _suite in ("eviction_policy", "tier_store", "transfer_backend"):
+for _suite in ("codec", "eviction_policy", "keyed_store", "tier_store", "transfer_backend"):
     pytest.register_assert_rewrite(f"{__name__}.{_suite}")

@@ -56,6 +56,10 @@ class TransferBackendContract:
         yield
         backend.close()
 
+    def op(self, source_offset: int, target_offset: int, length: int, first: int = 0) -> Any:
+        """Return the op that moves these bytes; override it where ops are not `CopyOp`."""
+        return CopyOp(source_offset, target_offset, length, first)
+
     def drain(self, backend: TransferBackend, names: Iterable[int]) -> dict[int, Completion]:
         """Poll until each named transfer has completed; fail on a second end of any."""
         waiting, found = set(names), {}
@@ -73,13 +77,13 @@ class TransferBackendContract:
         self, backend: TransferBackend, ends: Ends
     ) -> None:
         """Exactly the bytes of each op, exactly at its target."""
-        ops = [CopyOp(0, 4096, 1000), CopyOp(5000, 20_000, 3, 1), CopyOp(9000, 0, 4096, 2)]
+        moves = [(0, 4096, 1000), (5000, 20_000, 3), (9000, 0, 4096)]
+        ops = [self.op(*move, first) for first, move in enumerate(moves)]
         assert backend.submit(TransferId(1), ops, ends.source, ends.target)
         assert self.drain(backend, [1])[1] == Completion(TransferId(1), Outcome.DONE)
         expected = bytearray(ends.length)
-        for op in ops:
-            piece = ends.source_bytes[op.source_offset : op.source_offset + op.length]
-            expected[op.target_offset : op.target_offset + op.length] = piece
+        for source, target, length in moves:
+            expected[target : target + length] = ends.source_bytes[source : source + length]
         assert ends.read_target() == bytes(expected)
 
     def test_law_2_each_transfer_completes_exactly_once(
@@ -88,7 +92,7 @@ class TransferBackendContract:
         """Whatever the order in which they end; `drain` sees a second end."""
         names = range(1, 40)
         for name in names:
-            op = CopyOp(name * 1024, name * 1024, 1024)
+            op = self.op(name * 1024, name * 1024, 1024)
             assert backend.submit(TransferId(name), [op], ends.source, ends.target)
         done = self.drain(backend, names)
         assert {each.outcome for each in done.values()} == {Outcome.DONE}
@@ -101,9 +105,9 @@ class TransferBackendContract:
             outside.append((2048, ends.length + 8192))
         for name, (source_offset, target_offset) in enumerate(outside, 1):
             ops = [
-                CopyOp(0, 0, 512),
-                CopyOp(source_offset, target_offset, 512, 1),
-                CopyOp(512, 512, 512, 2),
+                self.op(0, 0, 512),
+                self.op(source_offset, target_offset, 512, 1),
+                self.op(512, 512, 512, 2),
             ]
             assert backend.submit(TransferId(name), ops, ends.source, ends.target)
             completion = self.drain(backend, [name])[name]
@@ -115,7 +119,7 @@ class TransferBackendContract:
     def test_law_4_cancel_still_completes(self, backend: TransferBackend, ends: Ends) -> None:
         """Done or cancelled, never lost; cancelling what has ended or never was is harmless."""
         for name in range(1, 9):
-            ops = [CopyOp(0, 0, 8192)] * 50
+            ops = [self.op(0, 0, 8192)] * 50
             assert backend.submit(TransferId(name), ops, ends.source, ends.target)
             backend.cancel(TransferId(name))
         backend.cancel(TransferId(99))
@@ -131,7 +135,7 @@ class TransferBackendContract:
         self, backend: TransferBackend, ends: Ends
     ) -> None:
         """A slot may be reused as soon as the completion was polled."""
-        assert backend.submit(TransferId(1), [CopyOp(0, 0, 8192)], ends.source, ends.target)
+        assert backend.submit(TransferId(1), [self.op(0, 0, 8192)], ends.source, ends.target)
         self.drain(backend, [1])
         before = ends.read_target()
         backend.close()
@@ -145,7 +149,7 @@ class TransferBackendContract:
         """And closing twice is harmless."""
         backend.close()
         backend.close()
-        assert not backend.submit(TransferId(1), [CopyOp(0, 0, 1)], ends.source, ends.target)
+        assert not backend.submit(TransferId(1), [self.op(0, 0, 1)], ends.source, ends.target)
         assert ends.read_target() == bytes(ends.length)
 
     def test_law_8_what_was_accepted_before_close_completes_once(
@@ -153,7 +157,7 @@ class TransferBackendContract:
     ) -> None:
         """Done or cancelled; what says it is done has arrived."""
         for name in range(1, 9):
-            ops = [CopyOp(0, 0, 8192)] * 50 + [CopyOp(0, name * 4096 + 8192, 4096)]
+            ops = [self.op(0, 0, 8192)] * 50 + [self.op(0, name * 4096 + 8192, 4096)]
             assert backend.submit(TransferId(name), ops, ends.source, ends.target)
         backend.close()
         for name, completion in self.drain(backend, range(1, 9)).items():
@@ -167,29 +171,29 @@ class TransferBackendContract:
     ) -> None:
         """Queues are bounded: who submits faster than bytes move is refused, and told at once."""
         accepted: list[int] = []
-        refused: list[CopyOp] = []
+        refused: list[int] = []
         name = tries = 0
         while not refused:
             name += 1
             assert name < _SUBMITS_MAX, "a queue without a bound"
-            ops = [CopyOp(0, 0, 8192)] * 200
+            ops = [self.op(0, 0, 8192)] * 200
             if backend.submit(TransferId(name), ops, ends.source, ends.target):
                 accepted.append(name)
                 continue
             # Full a moment ago. Should a place have become free meanwhile, we fill it once more.
             name += 1
-            probe = CopyOp(0, 8192 + tries * 4096, 4096)
+            place = 8192 + tries * 4096
+            probe = self.op(0, place, 4096)
             tries += 1
             assert tries < _REFUSALS_MAX, "never full for two calls in a row"
             if backend.submit(TransferId(name), [probe], ends.source, ends.target):
                 accepted.append(name)
             else:
-                refused.append(probe)
+                refused.append(place)
         for each in accepted:
             backend.cancel(TransferId(each))
         assert set(self.drain(backend, accepted)) == set(accepted)
-        place = refused[0].target_offset
-        assert not any(ends.read_target()[place : place + 4096])
+        assert not any(ends.read_target()[refused[0] : refused[0] + 4096])
 
     def test_law_10_a_transfer_without_ops_completes(
         self, backend: TransferBackend, ends: Ends
