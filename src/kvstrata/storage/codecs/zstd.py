@@ -4,7 +4,7 @@
 
 Of a float's bytes those with sign and exponent repeat and the others hardly do; apart, the first
 compress well and the others are recognised as noise quickly. Level 1 is both the fastest and, on
-KV, the densest (docs/adr/0006); blosc2 packs as densely, slower, and brings an HTTP client along.
+KV, the densest (docs/adr/0010); blosc2 packs as densely, slower, and brings an HTTP client along.
 """
 
 from __future__ import annotations
