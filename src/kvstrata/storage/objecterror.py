@@ -78,6 +78,8 @@ def _kind(name: str, status: int, code: str, text: str) -> Kind:
         return _STATUSES[status]
     if status in _SERVER_ERRORS:
         return Kind.BUSY
+    if "non-partial response" in text:  # some servers, about an object that is just being replaced
+        return Kind.BUSY
     if not status and any(word in text for word in ("HTTP error", "request or response body")):
         return Kind.LOST
     return Kind.OTHER

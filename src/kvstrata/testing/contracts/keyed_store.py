@@ -204,7 +204,8 @@ def _glance(store: KeyedStore) -> tuple[bytes, bytes] | None:
     try:
         return _read(store, 0, _LENGTH)
     except TransferError as error:
-        assert error.retryable, error
+        if not error.retryable:
+            raise
         return None
 
 
