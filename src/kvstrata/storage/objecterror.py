@@ -76,9 +76,8 @@ def _kind(name: str, status: int, code: str, text: str) -> Kind:
         return _CLASSES[name]
     if status in _STATUSES:
         return _STATUSES[status]
-    if status in _SERVER_ERRORS:
-        return Kind.BUSY
-    if "non-partial response" in text:  # some servers, about an object that is just being replaced
+    # Some servers answer a range with a whole object while that is just being replaced.
+    if status in _SERVER_ERRORS or "non-partial response" in text:
         return Kind.BUSY
     if not status and any(word in text for word in ("HTTP error", "request or response body")):
         return Kind.LOST

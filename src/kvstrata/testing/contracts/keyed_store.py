@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
 
 import pytest
 
@@ -15,6 +16,9 @@ from kvstrata.storage.envelope import HEADER_BYTES
 from kvstrata.storage.keyed import KeyedStore, PutAnswer
 
 __all__ = ["KeyedStoreContract", "OpenKeyedStore"]
+
+T = TypeVar("T")
+_TRIES: Final = 20
 
 OpenKeyedStore = Callable[[], KeyedStore]
 """Opens the store under test; the same place at each call."""
@@ -96,11 +100,12 @@ class KeyedStoreContract:
         def write(number: int) -> PutAnswer:
             block = _block(number)
             barrier.wait()
-            return stores[number % len(stores)].put(_key(0), *block)
+            return _insist(lambda: stores[number % len(stores)].put(_key(0), *block))
 
         def look(number: int) -> bool:
             barrier.wait()
-            found = [_glance(stores[number % len(stores)]) for _ in range(20)]
+            store = stores[number % len(stores)]
+            found = [_insist(lambda: _read(store, 0, _LENGTH)) for _ in range(20)]
             return all(each is None or each in known for each in found)
 
         with ThreadPoolExecutor(2 * _WRITERS) as threads:
@@ -199,14 +204,15 @@ def _expected(number: int, length: int = _LENGTH) -> tuple[bytes, bytes]:
     return header, bytes(payload)
 
 
-def _glance(store: KeyedStore) -> tuple[bytes, bytes] | None:
-    """Read block 0 while others write it: a server may refuse for the moment, and must say so."""
-    try:
-        return _read(store, 0, _LENGTH)
-    except TransferError as error:
-        if not error.retryable:
-            raise
-        return None
+def _insist(request: Callable[[], T]) -> T:
+    """Ask again while the answer is "not now": a server may, while others write the same key."""
+    for _ in range(_TRIES - 1):
+        try:
+            return request()
+        except TransferError as error:
+            if not error.retryable:
+                raise
+    return request()
 
 
 def _read(store: KeyedStore, number: int, length: int) -> tuple[bytes, bytes] | None:
