@@ -123,20 +123,20 @@ class NixlBackend:
     def _run(self) -> None:
         # A signal taken by this thread would not wake the owner's poll, which has to act on it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-        pause = _PAUSE_MIN_S
+        pause = 0.0
         while True:
             still_open, came = self._receive(self._pause(pause))
             if not still_open:
                 break
             moved = self._post() + self._check()
-            pause = _PAUSE_MIN_S if came or moved else min(2 * pause, _PAUSE_MAX_S)
+            pause = 0.0 if came or moved else min(max(2 * pause, _PAUSE_MIN_S), _PAUSE_MAX_S)
         self._drain()
 
     def _pause(self, pause: float) -> float | None:
         """How long to wait for new work: for ever if nothing is under way."""
-        if not self._requests and not any(self._lanes.values()):
-            return None
-        return pause if self._working else _OVERDUE_PAUSE_S
+        if self._working or self._lanes:
+            return pause
+        return _OVERDUE_PAUSE_S if self._requests else None
 
     def _receive(self, pause: float | None) -> tuple[bool, int]:
         """Take what was submitted; return whether we stay open and how much came."""
