@@ -51,6 +51,8 @@ class Work:
     """What stays registered until it has ended."""
     sides: tuple[int, int, int] = (0, 0, 0)
     """Once held: local address, far address or 0 for a file, the file's descriptor or 0."""
+    queued: bool = False
+    """Whether it stands in its lane."""
     live: int = 0
     """Requests under way."""
     failed: dict[int, str] = field(default_factory=dict)
