@@ -330,3 +330,16 @@ def test_probes_say_what_is_usable():
     assert not found["NOPE"].usable
     assert found["NOPE"].why
     assert found["NOPE"].remedy
+
+
+def test_the_one_op_that_nixl_does_not_take_fails_alone(agent, backend):
+    """The owner exported less than somebody believes."""
+    from kvstrata.transfer.backends.nixl import PeerMemory
+
+    target = _memory(4096)
+    there = backend.agent.connect(agent.export({"end": target}))["end"]
+    wrong = PeerMemory(there.peer, there.label, there.address, there.length * 2)
+    ops = [CopyOp(0, 0, 8), CopyOp(8, 5000, 8, 1), CopyOp(16, 16, 8, 2)]
+    assert backend.submit(1, ops, _memory(64, 3), wrong)
+    assert _wait(backend, 1).failed_ops == (1,)
+    assert bytes(target.view[:32]) == b"\3" * 8 + bytes(8) + b"\3" * 8 + bytes(8)

@@ -20,7 +20,7 @@ from kvstrata.transfer.base import CopyOp, Outcome
 pytestmark = pytest.mark.nixl
 
 SMALL = 8 << 20
-LARGE = 128 << 20
+LARGE = 256 << 20
 
 
 @pytest.mark.usefixtures("transport")

@@ -28,7 +28,7 @@ __all__ = ["Driver"]
 log = logging.getLogger("kvstrata.nixl")
 
 _WINDOW: Final = {FILE: 64, MEMORY: 2}  # requests; files one op each, memory is copied at once
-_PEER_WINDOW: Final = 4
+_PEER_WINDOW: Final = 2
 _PAUSE_MIN_S: Final = 20e-6
 _PAUSE_MAX_S: Final = 500e-6
 _OVERDUE_PAUSE_S: Final = 20e-3

@@ -18,8 +18,8 @@ from kvstrata.transfer.base import Completion, CopyOp, Outcome
 
 __all__ = ["Batch", "Work", "plan_work"]
 
-_BATCH_OPS_MAX: Final = 64
-_BATCH_BYTES_MAX: Final = 16 << 20
+_BATCH_OPS_MAX: Final = 256
+_BATCH_BYTES_MAX: Final = 64 << 20  # each request more costs about 0.1 ms at its end
 _OFFSET_END: Final = 1 << 62  # what a file is registered with
 
 
