@@ -142,7 +142,8 @@ def side():
 
     yield make
     for each in sides:
-        each.backend.close()
+        if each.backend is not None:
+            each.backend.close()
 
 
 @pytest.fixture(params=["cma", "tcp"])

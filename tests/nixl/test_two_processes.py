@@ -6,6 +6,7 @@ its memory is nobody else's any more.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -76,12 +77,13 @@ def test_a_peer_killed_in_mid_transfer(direction, start_peer, side):
 
 
 def _refused_at_once(ours, there):
-    begin = time.monotonic()
+    begin, asked = time.monotonic(), ours.agent.statistics().requests
     ours.pull(2, there)
     completion = ours.wait(2, 5)
     assert completion.outcome is Outcome.FAILED
     assert completion.failed_ops == tuple(range(len(ours.ops)))
     assert time.monotonic() - begin < 1
+    assert ours.agent.statistics().requests == asked, "NIXL was asked all the same"
 
 
 @pytest.mark.usefixtures("sockets")
@@ -186,7 +188,8 @@ def test_closing_with_requests_that_do_not_end(start_peer, side):
     assert completion.failed_ops == tuple(range(len(ours.ops)))
     kept = ours.array.ctypes.data
     ours.region.view.release()
-    ours.array = None
+    ours.array = ours.backend = ours.agent = None
+    gc.collect()
     with pytest.raises(BufferError):  # late bytes have somewhere to land
         ours.memory.close()
     fresh = side(LARGE)
