@@ -306,6 +306,21 @@ def test_a_closed_agent_says_so(agent):
         agent.hold(_memory(64))
 
 
+@pytest.mark.usefixtures("agent")
+def test_closing_ends_its_threads_before_the_memory_may_go():
+    """Peers may be reaching that memory at this moment."""
+    from kvstrata.transfer.backends.nixl import NixlAgent
+
+    before = len(list(Path("/proc/self/task").iterdir()))
+    other = NixlAgent()
+    other.export({"end": _memory(4096)})
+    assert len(list(Path("/proc/self/task").iterdir())) > before
+    requests = other._requests  # somebody may still have a part of it in his hands
+    other.close()
+    assert len(list(Path("/proc/self/task").iterdir())) == before
+    assert requests.statistics().registrations == 0
+
+
 def test_plugins_that_do_not_start_are_told(tmp_path):
     from kvstrata.core.errors import ConfigError
     from kvstrata.transfer.backends.nixl import NixlAgent, NixlBackend

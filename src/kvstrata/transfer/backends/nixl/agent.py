@@ -212,10 +212,14 @@ class NixlAgent:
                     "%d NIXL requests did not end; their memory is kept", len(self._requests.live)
                 )
                 return len(self._requests.live)
-            for hold in self._exported:
+            kept = list(self._exported)
+            for hold in kept:
                 self._requests.registrations.let_go(hold)
             self._exported.clear()
+            # Peers may be reaching this memory now, and NIXL does not look whether it is still
+            # registered: the agent and its threads must be gone before the memory may be.
             self._raw = None
+            self._requests.forget_agent()
         return 0
 
     def _demand_open(self) -> None:

@@ -123,6 +123,10 @@ class Peers:
         for name in [each for each, peer in self._peers.items() if not peer.live]:
             self._remove(name)
 
+    def forget_agent(self) -> None:
+        """Drop the reference to the agent; there are no peers any more."""
+        self._raw = None
+
     def _remove(self, name: str) -> None:
         del self._peers[name]
         try:

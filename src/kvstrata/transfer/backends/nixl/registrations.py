@@ -119,10 +119,13 @@ class Registrations:
     def let_go(self, hold: MemoryHold | FileHold) -> None:
         """Undo one `hold`; the last one deregisters."""
         if isinstance(hold, FileHold):
-            self._raw.deregisterMem(hold.listed, self._file_handles)
+            if self._raw is not None:
+                self._raw.deregisterMem(hold.listed, self._file_handles)
             os.close(hold.descriptor)
             return
         assert hold.holders > 0, "let go more often than held"
+        if self._raw is None:
+            return  # the agent ended before its holder
         hold.holders -= 1
         if hold.holders:
             return
@@ -130,6 +133,12 @@ class Registrations:
         assert self._holds[place] is hold
         del self._starts[place], self._holds[place]
         self._raw.deregisterMem(hold.listed, self._memory_handles)
+
+    def forget_agent(self) -> None:
+        """Drop the reference to the agent; what was registered with it is registered no more."""
+        self._raw = None
+        self._starts.clear()
+        self._holds.clear()
 
     def _register(self, listed: Any, handles: Sequence[int]) -> None:
         if not handles:

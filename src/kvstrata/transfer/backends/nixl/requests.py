@@ -175,6 +175,13 @@ class Requests:
             self._ask(request, self._raw.getXferStatus)
         return request.state
 
+    def forget_agent(self) -> None:
+        """Drop every reference to the agent, so that it ends now; nothing may be alive."""
+        assert not self.live, "NIXL's agent must outlive its requests"
+        self._raw = None
+        self.peers.forget_agent()
+        self.registrations.forget_agent()
+
     def statistics(self) -> NixlStatistics:
         """Return a copy of the counters."""
         with self.lock:
