@@ -230,3 +230,22 @@ def test_an_initiator_that_is_stopped_goes_on_later(start_peer, side):
     peer.signal(signal.SIGCONT)
     assert peer.order("wait", timeout_s=10) == ["done"]
     assert (ours.array == 7).all()
+
+
+@pytest.mark.usefixtures("sockets")
+@pytest.mark.parametrize("direction", ["push", "pull"])
+def test_closing_while_a_peer_reaches_our_memory(direction, start_peer, side):
+    """NIXL's threads would go on with memory that is no longer mapped: a crash of this process."""
+    ours, peer = side(LARGE), start_peer(LARGE, 7)
+    peer.order("connect", invitation=ours.invitation.hex())
+    peer.order(direction, name=1)
+    if direction == "push":
+        ours.wait_until_landing(7)
+    else:
+        time.sleep(0.02)
+    ours.backend.close()
+    ours.region.view.release()
+    ours.array = None
+    ours.memory.close()
+    assert peer.order("wait", timeout_s=10) in (["failed"], ["done"])
+    time.sleep(0.3)
