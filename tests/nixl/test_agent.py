@@ -103,6 +103,23 @@ def test_nothing_on_stdout_and_no_torch():
     assert not _run(QUIET).stdout
 
 
+EXIT = """
+import sys
+from kvstrata.transfer.backends.nixl import NixlAgent
+agent = NixlAgent()
+print("flushed")
+sys.exit(3)
+"""
+
+
+def test_a_process_ends_with_its_own_status():
+    """Unloading NIXL beside the system's RDMA libraries is a crash; nothing is unloaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (3, "flushed\n"), done.stderr
+
+
 def test_descriptors_in_flight_are_bounded():
     from kvstrata.transfer.backends.nixl import NixlAgent
 

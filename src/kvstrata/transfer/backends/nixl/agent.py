@@ -12,12 +12,15 @@ which for memory of the same machine takes as long as the copy. One thread drive
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
+from weakref import WeakSet
 
 from kvstrata.core.errors import ConfigError, TransferError
 from kvstrata.storage.base import MemoryRegion
@@ -49,8 +52,19 @@ _PROGRESS_DELAY_US: Final = 5000  # only a fallback: sockets wake the thread
 _DESCRIPTORS_MAX: Final = 16_384  # NIXL's pool of 65,536 does not recover from running dry
 _CLOSE_PAUSE_S: Final = 0.001
 
-_parked: list[NixlAgent] = []
-"""Closed agents with requests that have not ended: they and their memory must not go away."""
+_open: WeakSet[NixlAgent] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """End what nobody closed, while the interpreter still can."""
+    for agent in list(_open):
+        agent.close(timeout_s=0)
+
+
+def _keep_until_exit(agent: NixlAgent) -> None:
+    """Give this agent, and so its memory, a reference that nobody drops."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(agent))
 
 
 class NixlAgent:
@@ -92,6 +106,7 @@ class NixlAgent:
         self._lock = self._requests.lock
         self._exported: list[MemoryHold] = []
         self._closed = False
+        _open.add(self)
 
     # -- memory and peers ----------------------------------------------------------------------
 
@@ -207,7 +222,8 @@ class NixlAgent:
         with self._lock:
             self._requests.peers.clear()
             if self._requests.live:
-                _parked.append(self)
+                _open.discard(self)
+                _keep_until_exit(self)
                 log.warning(
                     "%d NIXL requests did not end; their memory is kept", len(self._requests.live)
                 )
@@ -220,6 +236,7 @@ class NixlAgent:
             # registered: the agent and its threads must be gone before the memory may be.
             self._raw = None
             self._requests.forget_agent()
+        _open.discard(self)
         return 0
 
     def _demand_open(self) -> None:

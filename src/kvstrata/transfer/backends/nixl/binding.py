@@ -7,11 +7,13 @@ flight when it is garbage-collected (docs/adr/0007-nixl.md).
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import logging
 import os
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -72,6 +74,7 @@ def load_binding() -> Any:
     finally:
         logging.raiseExceptions = raise_exceptions  # NIXL switches it off for the whole process
         _keep_off_stdout()
+    _exit_without_unloading()
     missing = [each for each in _NAMES if not hasattr(binding, each)]
     if missing:
         raise ConfigError(
@@ -79,6 +82,17 @@ def load_binding() -> Any:
             hint="use the version that kvstrata was tested with: " + INSTALL_HINT,
         )
     return binding
+
+
+@cache
+def _exit_without_unloading() -> None:
+    """End the process, with whatever status it has, before the system unloads libraries.
+
+    NIXL brings a copy of libnl; beside the system's own, which any RDMA library loads, unloading
+    both is a crash at the end of every process. NIXL's threads must not lose libraries either.
+    """
+    libc = ctypes.CDLL(None)
+    libc.on_exit(libc["_exit"], None)
 
 
 def nixl_errors(binding: Any) -> tuple[type[Exception], ...]:
