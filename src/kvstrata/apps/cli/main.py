@@ -232,6 +232,21 @@ def plan(
 
 @app.command()
 @_told
+def doctor(
+    directory: Annotated[
+        Path | None, typer.Option(help="Where the disk tier is to be; files are tried there.")
+    ] = None,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Say what works on this machine, what does not and why, and which backends are chosen."""
+    from kvstrata.apps.cli.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(directory, as_json=as_json))
+
+
+@app.command()
+@_told
 def demo(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures of the table to this file.")

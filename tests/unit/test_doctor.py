@@ -1,0 +1,101 @@
+"""`kvstrata doctor`, as an operator runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kvstrata.apps.cli import doctor
+from kvstrata.transfer.registry import Choice
+
+
+def _doctor(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "kvstrata.apps.cli.main", "doctor", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"COLUMNS": "300"},
+    )
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What it says as JSON, of a directory that works."""
+    done = _doctor("--json", "--directory", str(tmp_path_factory.mktemp("tier")))
+    assert done.returncode == 0, done.stderr
+    assert "trying backend memcpy" in done.stderr
+    return json.loads(done.stdout)
+
+
+def test_json_is_all_of_stdout_and_names_everything(found):
+    names = {(each["group"], each["name"]) for each in found["findings"]}
+    assert names >= {
+        ("backend", "memcpy"),
+        ("backend", "posix"),
+        ("backend", "nixl"),
+        ("nixl plug-in", "nixl"),
+        ("store", "arena"),
+        ("store", "object"),
+        ("engine", "vllm"),
+        ("host", "memory"),
+        ("host", "memlock"),
+        ("host", "huge pages"),
+        ("host", "cross-memory attach"),
+    }
+
+
+def test_what_is_not_usable_comes_with_a_reason_and_a_remedy(found):
+    for each in found["findings"]:
+        assert each["why"], each
+        assert each["usable"] or each["remedy"], each
+
+
+def test_each_pair_of_a_node_without_peers_has_a_backend(found):
+    chosen = {tuple(each["pair"]): each for each in found["choices"]}
+    for pair in (("memory", "memory"), ("memory", "file"), ("file", "memory")):
+        assert chosen[pair]["name"]
+        assert chosen[pair]["reason"].startswith(chosen[pair]["name"])
+        assert all(each["why"] for each in chosen[pair]["candidates"])
+
+
+def test_a_table_for_people():
+    done = _doctor()
+    assert done.returncode == 0, done.stderr
+    for word in ("memcpy", "memlock", "which backend moves what"):
+        assert word in done.stdout
+
+
+def test_a_directory_that_is_not_there(tmp_path):
+    done = _doctor("--json", "--directory", str(tmp_path / "none"))
+    assert done.returncode == 1, "without files there is no disk tier"
+    findings = {each["name"]: each for each in json.loads(done.stdout)["findings"]}
+    assert not findings["slab, O_DIRECT"]["usable"]
+    assert "No such file" in findings["slab, O_DIRECT"]["why"]
+
+
+def test_the_status_says_whether_a_node_could_work(monkeypatch, capsys):
+    lost = Choice(("memory", "file"), None, "no backend here moves this", ())
+    monkeypatch.setattr(doctor, "choose", lambda **_: [lost])
+    monkeypatch.setattr(doctor, "probe_plugins", lambda **_: [])
+    assert doctor.run_doctor(None, as_json=True) == 1
+    assert json.loads(capsys.readouterr().out)["choices"][0]["name"] is None
+
+
+def test_direct_io_leaves_nothing_behind(tmp_path):
+    finding = doctor._direct_io(tmp_path)
+    assert finding.why
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("scope", "usable"), [("", True), ("0", True), ("1", False), ("3", False)])
+def test_cross_memory_attach_follows_yama(monkeypatch, scope, usable):
+    monkeypatch.setattr(doctor, "_read", lambda _: scope)
+    finding = doctor._cross_memory()
+    assert finding.usable is usable
+    assert bool(finding.remedy) is not usable
