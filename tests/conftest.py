@@ -6,9 +6,14 @@ import importlib.util
 import os
 import uuid
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakSet
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from kvstrata.pool import Pool
 
 settings.register_profile("dev", max_examples=50, deadline=2000)
 # A shared runner can stall any single example, so time says nothing about one there.
@@ -32,6 +37,31 @@ _NEEDED = {
         "no NIXL installed (pip install --no-deps -r requirements/nixl.txt)",
     ),
 }
+
+
+_VALIDATED_SLOTS_MAX = 100_000  # larger pools belong to tests of size, and would cost seconds each
+_pools: WeakSet[Pool] = WeakSet()
+_make_pool = Pool.__init__
+
+
+def _remember(self: Pool, *arguments: Any, **settings: Any) -> None:
+    _make_pool(self, *arguments, **settings)
+    _pools.add(self)
+
+
+Pool.__init__ = _remember  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True)
+def every_pool_agrees_with_itself(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Validate, after every test, the structure of each pool that it leaves behind."""
+    _pools.clear()
+    yield
+    if "planted" in request.node.name:  # such a test breaks pools on purpose
+        return
+    for pool in list(_pools):
+        if pool.slots_total <= _VALIDATED_SLOTS_MAX:
+            pool.check()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -449,7 +449,7 @@ class PolicyNotToldOfAPin(Pool):
             self._pins[slot] -= 1
 
 
-def test_a_pool_that_tells_its_policy_nothing_of_pins_is_found() -> None:
+def test_a_planted_bug_a_policy_told_nothing_of_pins_is_found() -> None:
     class Planted(ManagerMachine):
         def make_host(self) -> Pool:
             return PolicyNotToldOfAPin(HOST_SLOTS, LruPolicy())
