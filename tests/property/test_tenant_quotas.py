@@ -410,3 +410,13 @@ class TestThreeAccounts(EvictionPolicyContract):
     def test_law_4_within_one_call_the_first_is_coldest(self, policy) -> None:
         policy.admit([SlotId(slot) for slot in (7, 1, 13)])
         assert policy.victims(3) == [7, 1, 13]
+
+
+def test_slots_to_come_count_before_they_are_had() -> None:
+    tier = Tier(50)
+    tier.store(1, 50)
+    tier.store(0, 50)
+    found = tier.pool.reserve(20, (), 1)
+    assert found is not None
+    assert tier.pool.owned() == {0: 50, 1: 50}, "it made room for them among its own"
+    tier.pool.abort(found.slots)

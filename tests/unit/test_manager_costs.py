@@ -170,6 +170,19 @@ def test_after_a_pause_a_few_blocks_are_read_for_nobody_and_a_faster_tier_is_fou
     assert answer.ready == 40
 
 
+def test_nobody_holds_what_a_probe_brings() -> None:
+    node = Node()
+    node.learn()
+    node.store(1, 2)
+    node.manager.clear([HOST])
+    node.now += 11.0
+    holder = node.holder()
+    assert node.manager.lookup(holder, keys(1, 2), node.now, engine=FAST_ENGINE).ready == 0
+    node.work()
+    assert node.reads == 2
+    assert node.host.statistics().in_use == 0
+
+
 def test_what_a_client_said_ends_with_its_session() -> None:
     node = Node()
     node.ask(1, session=7)

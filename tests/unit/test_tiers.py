@@ -308,7 +308,8 @@ def test_uses_are_counted_up_to_a_bound_and_tell_at_each_doubling() -> None:
 
 
 def test_a_bypassed_host_keeps_blocks_until_they_are_written() -> None:
-    node = Node(4, (8, THROUGH), bypass=True)
+    one_by_one = {"job_blocks_max": 1, "offload_blocks_in_flight_max": 1}
+    node = Node(4, (8, THROUGH), bypass=True, **one_by_one)
     node.fill(1, 2, 3, 4)
     for job in node.manager.step(0.0):
         node.end(job)
