@@ -317,6 +317,7 @@ def test_a_bypassed_host_keeps_blocks_until_they_are_written() -> None:
     refused = node.fill(5, 6)
     assert (refused.slots, refused.throttled) == ([], 2), "back-pressure, and nothing lost"
     node.end(write)
+    node.work()
     node.store(5, 6)
     assert node.on(DISK) == {1, 2, 3, 4, 5, 6}
     assert node.counters.evicted_unwritten_blocks == 0
