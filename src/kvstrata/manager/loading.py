@@ -125,7 +125,7 @@ class Loading:
             self._decide(holder, hold, chains, found, reach)
         if hold.cut is not None and reach > hold.cut:
             reach = self._reach(chains, found, hold.cut)
-        ready = min(_ready(chains, found), reach)
+        ready = _ready(chains, found, reach)
         staged = self._count_staged(hold, _keys(chains, ready))
         behind = self._behind(chains, found, reach, holder)
         late = hold.staging_until and now >= hold.staging_until
@@ -156,7 +156,8 @@ class Loading:
             keys = list(chains[0].hashes[: len(slots)])
             blocks = len(slots)
         else:
-            blocks = _ready(chains, [host.scan(chain.hashes) for chain in chains])
+            found = [host.scan(chain.hashes) for chain in chains]
+            blocks = _ready(chains, found, len(chains[0].hashes))
             keys = _keys(chains, blocks)
             slots = [slot for slot in host.scan(keys) if slot is not None]
         self._pin(hold, list(zip(keys, slots, strict=True)))
@@ -349,8 +350,9 @@ class Loading:
         return counts
 
 
-def _ready(chains: Sequence[Chain], found: Sequence[_Slots]) -> int:
-    whole, windowed = [], []
+def _ready(chains: Sequence[Chain], found: Sequence[_Slots], most: int) -> int:
+    """Return the longest prefix, of up to `most` blocks, that all groups have in the host."""
+    whole, windowed = [most], []
     for chain, slots in zip(chains, found, strict=True):
         if chain.window:
             windowed.append((chain.window, [slot is not None for slot in slots]))
