@@ -7,6 +7,7 @@ import shutil
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -126,10 +127,8 @@ class Proxy:
             pass
         finally:
             for each in (source, target):
-                try:
+                with suppress(OSError):
                     each.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
 
 
 @pytest.mark.parametrize("how", ["dead", "stalled"])
@@ -175,7 +174,7 @@ def test_a_server_that_fails_is_misses_within_the_deadline(
 
 @pytest.mark.parametrize("how", ["dead", "stalled", "no bucket"])
 def test_a_server_that_fails_at_the_start_is_an_error_with_a_hint(
-    command, secret, serve, connect, bucket, how
+    secret, serve, connect, bucket, how
 ) -> None:
     from kvstrata.core.errors import ConfigError
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kvstrata.core.ids import SequenceHash
 from kvstrata.manager.state import BrainState, LowerTier
+from kvstrata.storage.base import NOBODY
 from kvstrata.transfer.base import Lineage
 
 __all__ = ["Found", "adopt", "learn"]
@@ -46,10 +47,10 @@ def learn(
     new = []
     for key, said in zip(keys, lineage, strict=False):
         slot = pool.scan([key])[0]
-        if slot is None or said is None:
+        if slot is None or said is None or pool.is_pinned(slot):
             continue
-        known = pool.parent_of(slot) == said.parent
-        if not known and pool.parent_of(slot) is None and not pool.is_pinned(slot):
+        nobodys = pool.owner_of(slot) == 0 and said.owner != NOBODY
+        if pool.parent_of(slot) is None and (said.parent is not None or nobodys):
             new.append(Found(key, said))
     pool.withdraw([each.key for each in new])
     _enter(state, tier, new)

@@ -48,6 +48,7 @@ _PAUSE_S: Final = 0.05
 _SLACK_S: Final = 0.05  # what it takes to get to the first request
 _DELETE_MAX: Final = 1000  # the limit of S3's batch
 _HEADS_MAX: Final = 32
+_SMALL: Final = {"min_chunk_size": HEADER_BYTES}  # the client waits for so much, not for all
 
 T = TypeVar("T")
 
@@ -270,7 +271,7 @@ class ObjectStore:
         if self._ranges:
             part = self._obstore.get_range(self._client, path, start=0, length=HEADER_BYTES)
             return bytes(part)
-        pieces = self._obstore.get(self._client, path).stream(min_chunk_size=HEADER_BYTES)
+        pieces = self._obstore.get(self._client, path).stream(**_SMALL)
         return bytes(next(iter(pieces), b""))[:HEADER_BYTES]
 
     def _honours_ranges(self) -> bool:
