@@ -15,6 +15,7 @@ from kvstrata.core.tier import Admission, TierKind, TierName
 __all__ = [
     "BLOCK_TOKENS_DEFAULT",
     "BYPASS_BYTES",
+    "NO_CODEC",
     "Limits",
     "NodeConfig",
     "TierConfig",
@@ -26,6 +27,8 @@ __all__ = [
 
 BLOCK_TOKENS_DEFAULT: Final = 64
 """Tokens in one block, and the hash granularity that engines must share to share blocks."""
+NO_CODEC: Final = "none"
+"""The codec chain of a tier whose blocks are stored as they are."""
 BYPASS_BYTES: Final = 256 << 20
 """Size of a host tier that nobody asked for, where blocks wait on their way to lower tiers."""
 
@@ -35,6 +38,12 @@ _UNITS: Final = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_CODEC: Final = re.compile(r"[a-z][a-z0-9_.+-]*")
+_EXAMPLES: Final = {
+    TierKind.DISK: "disk:DIRECTORY:SIZE, for example disk:/var/kv:20GiB",
+    TierKind.SHARED: "shared:DIRECTORY:SIZE, for example shared:/nfs/kv:1TiB",
+    TierKind.OBJECT: "object:URL:SIZE, for example object:s3://BUCKET/PREFIX:1TiB",
+}
 _SIZE_BYTES_MAX: Final = 1 << 50  # 1 PiB: larger is a typing error, and would overflow file offsets
 
 
@@ -47,12 +56,16 @@ class TierConfig:
     capacity_bytes: int
     """Upper bound of the bytes that the tier may take, its own bookkeeping included."""
     directory: str | None = None
-    """Directory of a disk tier's files; None for the host tier."""
+    """Directory of a disk's or a shared tier's files; None for the others."""
     admission: Admission = Admission.WRITE_THROUGH
     """Which blocks of the tier above enter it; means nothing for the host tier."""
     bypass: bool = False
     """For the host tier: it is only where blocks wait on their way between engine and the tier
     below, and keeps each from eviction until it is written there."""
+    url: str | None = None
+    """Where an object tier is (`storage/location.py`); None for the others."""
+    codec: str = NO_CODEC
+    """For a shared or an object tier: what its blocks are written with, as `zstd+aes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +103,14 @@ class Limits:
     """How long a tier that is too slow is left alone before a few blocks are read to see again."""
     transfer_threads: int = 2
     """Threads that move bytes to and from disk."""
+    keyed_threads: int = 16
+    """Threads for each shared or object tier: as many requests are under way at once."""
+    object_timeout_s: float = 10.0
+    """Longest time for one call to an object store, with all that is sent again."""
+    rest_s: float = 5.0
+    """How long a shared or object tier that failed, or was too late, is not asked for blocks."""
+    delete_retry_s: float = 5.0
+    """Time until what a shared or object tier could not delete is tried again."""
     checksum_threads: int = 1
     """Threads that compute block checksums."""
     drain_timeout_s: float = 2.0
@@ -162,7 +183,9 @@ def parse_bytes(text: str, *, field: str) -> int:
 def parse_tiers(text: str) -> tuple[TierConfig, ...]:
     """Return the tiers of `[host:SIZE[:bypass],]disk:DIRECTORY:SIZE[:ADMISSION],...`, host first.
 
-    A list that begins below the host gets a host of `BYPASS_BYTES` that is bypassed. Raises
+    Besides `disk` there are `shared:DIRECTORY:SIZE` and `object:URL:SIZE`, both with a codec chain
+    behind the size if wanted. A list that begins below the host gets a host of `BYPASS_BYTES` that
+    is bypassed. Raises
     ConfigError for an unknown, repeated, missing or misplaced tier, and for a bad size.
     """
     found = [_parse_tier(part.strip()) for part in text.split(",") if part.strip()]
@@ -174,11 +197,11 @@ def parse_tiers(text: str) -> tuple[TierConfig, ...]:
         )
     if found[0].kind is not TierKind.HOST:
         found.insert(0, TierConfig(TierKind.HOST, BYPASS_BYTES, bypass=True))
-    places = [tier.directory for tier in found if tier.directory]
+    places = [place for tier in found if (place := tier.directory or tier.url)]
     if twice := [place for place in places if places.count(place) > 1]:
         raise ConfigError(
             f"tiers: two tiers would keep their files in {twice[0]!r}",
-            hint="give each disk tier a directory of its own",
+            hint="give each tier a directory or URL of its own",
         )
     if found[0].bypass and (len(found) == 1 or found[1].admission is not Admission.WRITE_THROUGH):
         raise ConfigError(
@@ -194,20 +217,31 @@ def _parse_tier(text: str) -> TierConfig:
         size = rest.removesuffix(":bypass")
         capacity = parse_bytes(size, field="tiers.host")
         return TierConfig(TierKind.HOST, capacity, bypass=size != rest)
-    if name == TierKind.DISK.value:
-        rest, admission = _split_admission(rest)
-        directory, _, size = rest.rpartition(":")
-        if not directory:
-            raise ConfigError(
-                f"tiers.disk: {text!r} names no directory",
-                hint="write disk:DIRECTORY:SIZE, for example disk:/var/kv:20GiB",
-            )
-        capacity = parse_bytes(size, field="tiers.disk")
-        return TierConfig(TierKind.DISK, capacity, directory, admission)
+    if name in {kind.value for kind in _EXAMPLES}:
+        return _parse_lower(TierKind(name), text, rest)
     raise ConfigError(
         f"tiers: unknown tier {name!r}",
-        hint="known tiers are host and disk: host:2GiB,disk:/var/kv:20GiB",
+        hint="known tiers are host, disk, shared and object: host:2GiB,disk:/var/kv:20GiB",
     )
+
+
+def _parse_lower(kind: TierKind, text: str, rest: str) -> TierConfig:
+    """Return a tier below the host; its place may have colons in it, so it is read from the end."""
+    rest, admission = _split_admission(rest)
+    place, _, size = rest.rpartition(":")
+    codec = NO_CODEC
+    if kind.keyed and _CODEC.fullmatch(size) and _SIZE.fullmatch(place.rpartition(":")[2]):
+        codec = size
+        place, _, size = place.rpartition(":")
+    if not place:
+        what = "URL" if kind is TierKind.OBJECT else "directory"
+        raise ConfigError(
+            f"tiers.{kind.value}: {text!r} names no {what}", hint=f"write {_EXAMPLES[kind]}"
+        )
+    capacity = parse_bytes(size, field=f"tiers.{kind.value}")
+    if kind is TierKind.OBJECT:
+        return TierConfig(kind, capacity, admission=admission, url=place, codec=codec)
+    return TierConfig(kind, capacity, place, admission, codec=codec)
 
 
 def _split_admission(text: str) -> tuple[str, Admission]:

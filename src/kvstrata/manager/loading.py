@@ -329,6 +329,8 @@ class Loading:
         below = self._state.below(key)
         if below is not None:
             return f"on {below.name}, no host slot free"
+        if resting := [tier.name for tier in self._state.lower if key in tier]:
+            return f"on {resting[0]}, which failed or was too slow a moment ago"
         if self._storing.is_coming(key):
             return "being stored"
         return self._state.departures.why(key, self._state.now)

@@ -19,9 +19,11 @@ from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId, TransferI
 from kvstrata.core.retention import BlockHint
 from kvstrata.core.tier import DISK, HOST, TierName
 from kvstrata.manager.costs import Costs
+from kvstrata.manager.deleting import Deleting
 from kvstrata.manager.explain import DEPARTURES_MAX, Departures, Gauges
 from kvstrata.manager.groups import WHOLE, split
 from kvstrata.manager.leasing import Leasing
+from kvstrata.manager.lineage import Found, adopt
 from kvstrata.manager.loading import (
     UNKNOWN,
     AcquireAnswer,
@@ -88,9 +90,12 @@ class Manager:
             costs=costs,
             host_seals=[b""] * host.slots_total,
         )
-        self._onboarding = Onboarding(self._state)
-        self._retaining = Retaining(self._state, self._onboarding.erase)
-        self._offloading = Offloading(self._state, self._retaining, self._onboarding, bypass=bypass)
+        self._deleting = Deleting(self._state)
+        self._onboarding = Onboarding(self._state, self._deleting)
+        self._retaining = Retaining(self._state, self._onboarding.remove)
+        self._offloading = Offloading(
+            self._state, self._retaining, self._onboarding, self._deleting, bypass=bypass
+        )
         self._storing = Storing(self._state)
         self._leasing = Leasing(self._state)
         self._state.tenants.watch(dict(self._state.pools()))
@@ -302,6 +307,7 @@ class Manager:
         self._pass_time(now)
         self._loading.expire()
         self._offloading.pump()
+        self._deleting.pump()
         jobs = self._state.outbox[:]
         self._state.outbox.clear()
         return jobs
@@ -316,6 +322,8 @@ class Manager:
 
     def complete(self, done: JobDone) -> None:
         """Take the single end of a job."""
+        if self._deleting.finish(done):
+            return
         state = self._state
         if state.costs and all(done.ok):
             state.costs.note_done(done.transfer, state.now)
@@ -330,6 +338,8 @@ class Manager:
         staged = self._onboarding.finish(done)
         if staged is not None:
             self._retaining.apply(HOST, staged.hashes)
+            if staged.hashes and state.tier(staged.tier).keyed:
+                self._retaining.apply(staged.tier, staged.hashes)  # it may have learnt of them
             self._offloading.registered(HOST, staged.hashes)
             self._loading.hand_over(staged.hashes, staged.tier, staged.waiters)
             return
@@ -348,12 +358,29 @@ class Manager:
     def pending(self) -> int:
         """Blocks and jobs on their way; 0 when the node has nothing left to do."""
         busy = self._onboarding.in_flight + self._storing.in_flight + len(self._state.outbox)
-        return busy + self._offloading.pending
+        return busy + self._offloading.pending + self._deleting.pending
 
     @property
     def storing(self) -> int:
         """Blocks and jobs on their way into the tiers, those on their way out left aside."""
         return self._storing.in_flight + self._offloading.pending
+
+    @property
+    def deleting(self) -> int:
+        """Jobs and keys of keyed tiers that are still to be deleted."""
+        return self._deleting.pending
+
+    def adopt(self, tier: TierName, found: Sequence[Found], *, cleared: bool = False) -> None:
+        """Take over blocks that were found in a keyed tier; with `cleared` delete them instead.
+
+        Nothing of them is believed but that they may be there: a read verifies all of it.
+        """
+        lower = self._state.tier(tier)
+        new = self._offloading.unknown(lower, found)
+        if cleared:
+            self._deleting.doom(lower, [each.key for each in new])
+        else:
+            adopt(self._state, lower, new)
 
     def written(self, tier: TierName) -> int:
         """Return the write counter of the block last given out to be written to a lower `tier`."""

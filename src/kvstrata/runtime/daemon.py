@@ -25,6 +25,7 @@ from kvstrata.runtime.addresses import check_address, lock_path, socket_path
 from kvstrata.runtime.process import ProcessWatch
 from kvstrata.runtime.server import NodeServer
 from kvstrata.storage.arena import check_host_size
+from kvstrata.storage.opening import check_keyed
 from kvstrata.storage.slab import check_directory
 
 __all__ = ["PrivateOrder", "ReadyLine", "check", "main", "serve"]
@@ -70,7 +71,9 @@ def check(config: NodeConfig) -> None:
         )
     check_host_size(config.host.capacity_bytes)
     for tier in config.lower.values():
-        if tier.directory:
+        if tier.kind.keyed:
+            check_keyed(tier)
+        elif tier.directory:
             check_directory(tier.directory)
 
 

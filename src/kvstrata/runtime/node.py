@@ -9,12 +9,16 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from kvstrata.core.config import Limits, NodeConfig, tier_names
+from kvstrata.core.ids import SequenceHash
 from kvstrata.core.tier import HOST, TierName
 from kvstrata.layout import BlockLayout
 from kvstrata.manager import Costs, LowerTier, Manager
 from kvstrata.manager.tenants import Tenants
 from kvstrata.pool import Pool
+from kvstrata.runtime.keyed import KeyedTiers
 from kvstrata.storage.arena import Arena
+from kvstrata.storage.keyed import KeyedStore
+from kvstrata.storage.opening import keyed_slots, open_keyed
 from kvstrata.storage.slab import Slab
 from kvstrata.transfer.base import Job
 from kvstrata.transfer.executor import Executor
@@ -25,12 +29,26 @@ __all__ = ["Node"]
 class Node:
     """Owner: the daemon's one thread; `notify` is the only thing called from others."""
 
-    def __init__(self, config: NodeConfig, layout: BlockLayout, notify: Callable[[], None]) -> None:
-        """Open the stores for `layout`; raises ConfigError and leaves nothing open."""
+    def __init__(
+        self,
+        config: NodeConfig,
+        layout: BlockLayout,
+        notify: Callable[[], None],
+        secret: bytes | None = None,
+    ) -> None:
+        """Open the stores for `layout`; raises ConfigError and leaves nothing open.
+
+        What slabs hold is known from then on; keyed tiers are listed in the background.
+        """
         self.layout = layout
         with contextlib.ExitStack() as opened:
             self._slabs: dict[TierName, Slab] = {}
+            stores: dict[TierName, KeyedStore] = {}
             for name, tier in config.lower.items():
+                if tier.kind.keyed:
+                    store = open_keyed(tier, layout, config.limits)
+                    stores[name] = opened.enter_context(contextlib.closing(store))
+                    continue
                 assert tier.directory is not None, "a disk tier without a directory"
                 slab = Slab.open(tier.directory, tier.capacity_bytes, layout)
                 self._slabs[name] = opened.enter_context(contextlib.closing(slab))
@@ -38,8 +56,17 @@ class Node:
             opened.callback(self.arena.close)
             self._policy = config.policy
             self.manager = self._make_manager(config)
+            self._keyed = KeyedTiers(
+                config, layout, stores, self.arena, self.manager, secret, notify=notify
+            )
+            opened.callback(self._keyed.close)
             self._executor = Executor(
-                self.arena, self._slabs, layout.fingerprint, config.limits, notify=notify
+                self.arena,
+                self._slabs,
+                layout.fingerprint,
+                config.limits,
+                notify=notify,
+                keyed=self._keyed.movers,
             )
             opened.pop_all()
         self._waiting: deque[Job] = deque()
@@ -47,7 +74,9 @@ class Node:
     def _make_manager(self, config: NodeConfig) -> Manager:
         policy, tenants = config.policy, Tenants(config.tenants)
         slots = {HOST: self.arena.grid.slots}
-        slots |= {name: slab.grid.slots for name, slab in self._slabs.items()}
+        for name, tier in config.lower.items():
+            keyed = tier.kind.keyed
+            slots[name] = keyed_slots(tier, self.layout) if keyed else self._slabs[name].grid.slots
         orders = {
             name: tenants.policy_for(policy, name, tier.capacity_bytes, slots[name])
             for name, tier in zip(tier_names(config.tiers), config.tiers, strict=True)
@@ -58,6 +87,7 @@ class Node:
                 name,
                 Pool(slots[name], orders[name]),
                 tier.admission,
+                keyed=tier.kind.keyed,
             )
             for name, tier in config.lower.items()
         ]
@@ -91,6 +121,7 @@ class Node:
             self._executor.cancel(transfer)
         for done in self._executor.poll():
             self.manager.complete(done)
+        self._keyed.adopt()
         self._waiting += self.manager.step(now)
         while self._waiting and self._executor.try_submit(self._waiting[0]):
             self._waiting.popleft()
@@ -98,7 +129,7 @@ class Node:
     @property
     def tier_names(self) -> list[TierName]:
         """The tiers' names, the host first."""
-        return [HOST, *self._slabs]
+        return [HOST, *(tier.name for tier in self._lower)]
 
     def clear(self, tiers: Collection[TierName]) -> int:
         """Forget every block in `tiers`, for a restart too; return how many there were."""
@@ -106,17 +137,29 @@ class Node:
         for name, slab in self._slabs.items():
             if name in tiers:
                 slab.forget_until(self.manager.written(name))
+        self._keyed.cleared(tiers)
         return count
+
+    def forget(self, key: SequenceHash) -> int:
+        """Forget `key` and what is behind it, in every tier; return how many copies there were."""
+        self._keyed.repeat(lambda: self.manager.forget(key))
+        return self.manager.forget(key)
+
+    def clear_owned(self, namespace: str, tenant: str | None) -> int:
+        """Forget what a tenant stored in a namespace; see `Tenants.matching` and its errors."""
+        owners = self.manager.tenants.matching(namespace, tenant)
+        self._keyed.repeat(lambda: self.manager.clear_owned(owners))
+        return self.manager.clear_owned(owners)
 
     @property
     def busy(self) -> bool:
         """Whether anything is on its way or held, so that time matters."""
-        return bool(self.manager.pending or self.manager.holds)
+        return bool(self.manager.pending or self.manager.holds or self._keyed.listing)
 
     @property
     def writing(self) -> int:
-        """Blocks that are being stored or written below the host; 0 once a stop loses nothing."""
-        return self.manager.storing
+        """Blocks being stored, written below the host or deleted; 0 once a stop loses nothing."""
+        return self.manager.storing + self.manager.deleting
 
     def statistics(self) -> dict[str, Any]:
         """Return counters and tier states as plain names and numbers."""
@@ -124,7 +167,7 @@ class Node:
             "layout": self.layout.describe(),
             "block_bytes": self.layout.block_bytes,
             "block_tokens": self.layout.block_tokens,
-            "pending": self.manager.pending,
+            "pending": self.manager.pending + self._keyed.listing,
             "holds": self.manager.holds,
             "leased_blocks": self.manager.leased,
             "counters": dataclasses.asdict(self.manager.counters)
@@ -137,6 +180,7 @@ class Node:
             | {
                 tier.name: dataclasses.asdict(tier.pool.statistics())
                 | {"hit_blocks": tier.hit_blocks, "admission": tier.admission.value}
+                | self._keyed.statistics(tier.name)
                 for tier in self._lower
             },
         }
@@ -147,6 +191,7 @@ class Node:
 
     def close(self) -> None:
         """Stop moving bytes and give everything back; what was written stays."""
+        self._keyed.close()
         self._executor.close()
         self.arena.close()
         for slab in self._slabs.values():

@@ -8,6 +8,7 @@ from typing import Final
 
 from kvstrata.core.config import NodeConfig
 from kvstrata.core.errors import ConfigError
+from kvstrata.core.tier import TierKind
 
 __all__ = ["SECRET_NAME", "load_secret"]
 
@@ -17,16 +18,29 @@ _SECRET_BYTES: Final = 32
 
 
 def load_secret(config: NodeConfig) -> bytes:
-    """Return the secret: from its file, made there if missing, or a fresh one without a disk.
+    """Return the secret: from its file, made there if missing, or a fresh one for a host alone.
 
-    Keys made under a lost secret are never found again, so it is kept where the blocks are.
-    Raises ConfigError if the file cannot be read or does not hold 32 bytes.
+    Keys made under a lost secret are never found again, so it is kept where the blocks are: beside
+    the first disk tier's, or else the first shared tier's. Raises ConfigError if the file cannot be
+    read or does not hold 32 bytes, and if blocks would outlive a secret that is kept nowhere.
     """
     if config.secret_file is not None:
         return _read(Path(config.secret_file), "secret_file")
-    directory = next((tier.directory for tier in config.tiers if tier.directory), None)
-    if directory is None:
+    kinds = {tier.kind for tier in config.tiers}
+    kept = [
+        tier
+        for kind in (TierKind.DISK, TierKind.SHARED)
+        for tier in config.tiers
+        if tier.kind is kind
+    ]
+    if not kept and TierKind.OBJECT in kinds:
+        raise ConfigError(
+            "secret_file: an object tier needs a secret that outlives this daemon",
+            hint="head -c 32 /dev/urandom > FILE; chmod 600 FILE, and name it with --secret-file",
+        )
+    if not kept or kept[0].directory is None:
         return os.urandom(_SECRET_BYTES)
+    directory, field = kept[0].directory, f"tiers.{kept[0].kind.value}"
     path = Path(directory).expanduser() / SECRET_NAME
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
@@ -38,13 +52,13 @@ def load_secret(config: NodeConfig) -> bytes:
             finally:
                 unfinished.unlink()
     except FileExistsError:
-        return _read(path, "tiers.disk")
+        return _read(path, field)
     except OSError as error:
         raise ConfigError(
-            f"tiers.disk: directory {directory!r} cannot be written ({error.strerror})",
+            f"{field}: directory {directory!r} cannot be written ({error.strerror})",
             hint="choose a directory that this user may write to",
         ) from error
-    return _read(path, "tiers.disk")
+    return _read(path, field)
 
 
 def _write(path: Path) -> None:

@@ -193,7 +193,7 @@ def _encode_floor(written: int) -> bytes:
     return _FLOOR.pack(written, crc32(counter))
 
 
-def check_directory(directory: str) -> Path:
+def check_directory(directory: str, field: str = "tiers.disk") -> Path:
     """Return the directory, made if missing; raises ConfigError if it cannot be written."""
     folder = Path(directory).expanduser()
     try:
@@ -203,7 +203,7 @@ def check_directory(directory: str) -> Path:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"tiers.disk: directory {directory!r} cannot be written ({error.strerror})",
+            f"{field}: directory {directory!r} cannot be written ({error.strerror})",
             hint="choose a directory that this user may write to",
         ) from error
     return folder
