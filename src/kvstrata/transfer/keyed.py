@@ -5,8 +5,8 @@
     erase   deleted
 
 The executor hands over the jobs that name this tier. Reads have workers of their own: a request
-waits for them, and for nobody's writes. A write of a key that is being deleted waits until that
-ended, or the delete would take what was just written.
+waits for them, and for nobody's writes. Writes wait for deletes that came before them: those make
+the room, and one of the same key would take what was just written.
 
 Owner: the daemon's one thread. A store that hangs holds its workers and nothing else: jobs beyond
 `jobs_max` end at once as failed, and what is cancelled before it began ends too.
@@ -99,7 +99,7 @@ class KeyedMover:
         """Take `job`: it ends in one JobDone, at once and failed if there are too many."""
         if len(self._running) + len(self._held) >= self._jobs_max:
             self._refuse(job, "too many jobs of this tier are under way")
-        elif isinstance(job, WriteJob) and self._waits(job):
+        elif isinstance(job, WriteJob) and self._deleting:
             self._held.append(job)
         else:
             self._start(job)
@@ -113,7 +113,7 @@ class KeyedMover:
                 self._deleting -= Counter(running.job.keys)
         for _ in range(len(self._held)):
             job = self._held.popleft()
-            if self._waits(job):
+            if self._deleting:
                 self._held.append(job)
             else:
                 self._start(job)
@@ -143,9 +143,6 @@ class KeyedMover:
         self.store.close()
 
     # -- private -------------------------------------------------------------------------------
-
-    def _waits(self, job: WriteJob) -> bool:
-        return bool(self._deleting) and not self._deleting.keys().isdisjoint(job.keys)
 
     def _refuse(self, job: KeyedJob, reason: str) -> None:
         bad = (False,) * (len(job.keys))
