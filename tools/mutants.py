@@ -110,7 +110,7 @@ MUTANTS = (
     Mutant("a duplicate keeps its slot", "pool/pool.py", "                state[slot] = _FREE\n                self._free.append(slot)\n", "                state[slot] = _FREE\n"),
     Mutant("a slot keeps its generation", "pool/pool.py", "            generations[slot] += 1", "            generations[slot] += 0"),
     Mutant("free what a reader still reads", "pool/pool.py", "            elif not pins[slot]:\n                self._free_now([slot])", "            else:\n                self._free_now([slot])"),
-    Mutant("register before the seal is compared", "manager/onboard.py", "            elif not tier.keyed and done.checksums[index] != tier.seals[source]:", "            elif False:"),
+    Mutant("register before the seal is compared", "manager/onboard.py", "            elif done.checksums[index] != tier.seals[source]:", "            elif False:"),
     Mutant("forget that a read was cleared", "manager/onboard.py", "            elif not stale:", "            else:"),
     Mutant("reuse the slots of a late read", "manager/onboard.py", "        read.given_up = True\n", ""),
     Mutant("register a seal that was cleared", "manager/storing.py", "        if seal.stale:", "        if False:"),

@@ -76,7 +76,8 @@ def test_everything_that_is_counted_happens() -> None:
     never = [name for name, count in seen.items() if not count]
     assert never == [
         "throttled_quota_blocks",  # has a world of its own: test_tenant_world.py
-        *("deleted_blocks", "undeleted_blocks", "adopted_blocks", "unadopted_blocks"),
+        *("deleted_blocks", "undeleted_blocks", "adopted_blocks", "probed_blocks"),
+        *("found_blocks", "unadopted_blocks"),
     ]  # the others are of keyed tiers, which are tested with real stores: test_runtime_keyed.py
 
 

@@ -163,19 +163,50 @@ def test_a_full_directory_refuses_blocks_and_nothing_else(connect, make_blocks, 
     assert taken <= 100 << 10
 
 
-def test_two_daemons_on_one_directory_share_after_a_restart(connect, make_blocks, tmp_path) -> None:
-    where = f"host:128KiB,{shared(tmp_path)}"
+def test_two_daemons_on_one_directory_find_what_the_other_wrote(
+    connect, make_blocks, tmp_path
+) -> None:
+    where = f"host:512KiB,{shared(tmp_path)}"
     first, second = connect(tiers=where), connect(tiers=where)
-    tokens, blocks = make_blocks(1, 5)
+    second.wait_idle()
+    tokens, blocks = make_blocks(1, 100)
+    assert second.lookup(tokens[:40]) == 0, "nobody stored it yet"
     first.put(tokens, blocks)
     first.wait_idle()
-    second.put(tokens, blocks)
+    others, other_blocks = make_blocks(2, 3)
+    assert first.put(others, other_blocks) == 3
+    first.wait_idle()
+    assert second.get(others).tobytes() == other_blocks.tobytes()
+    assert counters(second)["found_blocks"] == 3
+    assert second.put(tokens, blocks) == 100
     second.wait_idle()
-    assert len(files(tmp_path)) == 5
-    assert tier_of(second)["store"]["existed"] == 5
-    third = connect(tiers=where)
-    third.wait_idle()
-    assert third.get(tokens).tobytes() == blocks.tobytes()
+    assert tier_of(second)["store"]["existed"] == 100
+    assert len(files(tmp_path)) == 103
+
+
+def test_a_long_prefix_of_another_daemon_is_found_whole(connect, make_blocks, tmp_path) -> None:
+    where = f"host:1MiB,{shared(tmp_path)}"
+    first, second = connect(tiers=where), connect(tiers=where)
+    second.wait_idle()
+    tokens, blocks = make_blocks(1, 200)
+    first.put(tokens, blocks)
+    first.wait_idle()
+    assert second.get(tokens).tobytes() == blocks.tobytes()
+    found = counters(second)
+    assert (found["found_blocks"], found["lookups"]) == (200, 1)
+    assert first.forget(tokens[:4]) == 400
+    first.wait_idle()
+    second.clear(["host"])
+    assert second.get(tokens).shape[0] == 0, "what another daemon deleted is a miss"
+
+
+def test_what_is_not_there_is_asked_for_once(connect, make_blocks, tmp_path) -> None:
+    client = connect(tiers=f"host:128KiB,{shared(tmp_path)}")
+    client.wait_idle()
+    tokens, _ = make_blocks(1, 6)
+    for _ in range(5):
+        assert client.lookup(tokens) == 0
+    assert counters(client)["probed_blocks"] == 6
 
 
 def test_a_codec_is_recorded_and_read_by_a_tier_without_it(connect, make_blocks, tmp_path) -> None:

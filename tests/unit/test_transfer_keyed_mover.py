@@ -297,6 +297,71 @@ def test_what_a_cleared_tier_still_lists_is_deleted(world) -> None:
     assert store.blocks.keys() == {key(3)}, "stored since the clear"
 
 
+# -- what other daemons wrote ----------------------------------------------------------------------
+
+
+def test_a_lookup_that_would_miss_finds_what_another_daemon_wrote(world) -> None:
+    store = MemoryKeyedStore()
+    other = world(store)
+    other.store(1, 2, 3)
+    other.settle()
+    node = world(store)
+    assert node.load(1, 2, 3, 4) == 3
+    assert (node.counters.probed_blocks, node.counters.found_blocks) == (4, 3)
+    assert node.tier.pool.parents() == {key(1): None, key(2): key(1), key(3): key(2)}
+    assert node.load(1, 2, 3, 4) == 3
+    assert node.counters.probed_blocks == 4, "that the fourth is not there is remembered"
+    node.now += 11.0
+    other.store(1, 2, 3, 4)
+    other.settle()
+    assert node.load(1, 2, 3, 4) == 4
+
+
+def test_what_was_found_makes_room_by_eviction(world) -> None:
+    store = MemoryKeyedStore()
+    other = world(store)
+    other.store(1, 2, 3)
+    other.settle()
+    node = world(store, slots=4)
+    node.store(10, 11, 12, 13)
+    node.settle()
+    assert node.load(1, 2, 3) == 3
+    assert node.there == {1, 2, 3, 10}
+    assert store.blocks.keys() == set(keys(1, 2, 3, 10))
+
+
+def test_an_answer_that_does_not_come_is_a_miss_in_time(world) -> None:
+    store = StuckStore()
+    store.exists = lambda asked: store.wait() or [False] * len(asked)
+    node = world(store, close_timeout_s=0.1)
+    holder = node.holder()
+    answer = node.manager.lookup(holder, keys(1, 2), node.now)
+    assert answer.pending
+    node.pump()
+    store.waiting.acquire()
+    node.now += 0.6
+    node.pump()
+    answer = node.manager.lookup(holder, keys(1, 2), node.now)
+    assert (answer.ready, answer.pending) == (0, 0)
+    assert not node.manager.lookup(node.holder(), keys(5, 6), node.now).pending, "it rests"
+    store.go.set()
+    node.settle()
+
+
+def test_a_failed_answer_is_no_answer(world) -> None:
+    inner = MemoryKeyedStore()
+    store = FaultyKeyedStore(inner, KeyedFaults(), random.Random(1))
+    other = world(inner)
+    other.store(1, 2)
+    other.settle()
+    node = world(store)
+    store.faults = KeyedFaults(fail=1.0)
+    assert node.load(1, 2) == 0
+    store.faults = KeyedFaults()
+    node.now += 3.0
+    assert node.load(1, 2) == 2, "it was not taken for absent"
+
+
 # -- the mover by itself ---------------------------------------------------------------------------
 
 

@@ -109,6 +109,13 @@ class Limits:
     """Longest time for one call to an object store, with all that is sent again."""
     rest_s: float = 5.0
     """How long a shared or object tier that failed, or was too late, is not asked for blocks."""
+    probe_blocks_max: int = 32
+    """Blocks for which a shared or object tier is asked at first when a lookup would miss; twice as
+    many each time they are all there. 0 asks for nothing that this daemon does not know of."""
+    probe_timeout_s: float = 0.5
+    """How long a request waits for such an answer, which counts as staging."""
+    probe_again_s: float = 10.0
+    """How long a block that was not there is not asked for again."""
     delete_retry_s: float = 5.0
     """Time until what a shared or object tier could not delete is tried again."""
     checksum_threads: int = 1

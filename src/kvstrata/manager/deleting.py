@@ -35,6 +35,10 @@ class Deleting:
         waiting = [tier for tier in self._state.lower if now >= tier.delete_after]
         return len(self._jobs) + sum(len(tier.doomed) for tier in waiting)
 
+    def going(self, tier: LowerTier) -> set[SequenceHash]:
+        """Return the keys that are being deleted from `tier`."""
+        return {key for job in self._jobs.values() if job.tier == tier.name for key in job.keys}
+
     def doom(self, tier: LowerTier, keys: Iterable[SequenceHash]) -> None:
         """Delete `keys` of a keyed `tier`, soon; of more than the backlog holds, the rest stays."""
         room = self._state.limits.offload_backlog_blocks_max + tier.pool.slots_total

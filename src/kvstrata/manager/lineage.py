@@ -27,13 +27,17 @@ class Found:
     """What its header says; None if it was not read."""
 
 
-def adopt(state: BrainState, tier: LowerTier, found: Sequence[Found]) -> None:
-    """Register `found`, none of which `tier` has, as far as it has free slots; evict nothing."""
-    room = tier.pool.free
-    state.counters.unadopted_blocks += max(len(found) - room, 0)
-    taken = list({each.key: each for each in found}.values())[:room]
-    _enter(state, tier, taken)
-    state.counters.adopted_blocks += len(taken)
+def adopt(
+    state: BrainState, tier: LowerTier, found: Sequence[Found], *, evict: bool
+) -> list[SequenceHash]:
+    """Register `found`, none of which `tier` has, as far as there is room; return who left for it.
+
+    Without `evict` only free slots are room.
+    """
+    taken = list({each.key: each for each in found}.values())
+    room = len(taken) if evict else tier.pool.free
+    state.counters.unadopted_blocks += len(taken[room:])
+    return _enter(state, tier, taken[:room])
 
 
 def learn(
@@ -53,16 +57,22 @@ def learn(
         if pool.parent_of(slot) is None and (said.parent is not None or nobodys):
             new.append(Found(key, said))
     pool.withdraw([each.key for each in new])
+    before = state.counters.adopted_blocks
     _enter(state, tier, new)
+    state.counters.adopted_blocks = before
 
 
-def _enter(state: BrainState, tier: LowerTier, found: Sequence[Found]) -> None:
+def _enter(state: BrainState, tier: LowerTier, found: Sequence[Found]) -> list[SequenceHash]:
     recall = state.tenants.recall
+    evicted: list[SequenceHash] = []
     for each in found:
         said = each.lineage
         reserved = tier.pool.reserve(1, [each.key], recall(said.owner) if said else 0)
-        if reserved is None:  # guarantees of others, or a slot that was just taken
+        if reserved is None:  # all slots are held, or guaranteed to others
             state.counters.unadopted_blocks += 1
             continue
+        evicted += reserved.evicted
         tier.pool.stage(reserved.slots)
         tier.pool.register(reserved.slots, [each.key], [said.parent if said else None])
+        state.counters.adopted_blocks += 1
+    return evicted

@@ -16,6 +16,7 @@ from kvstrata.manager.decision import Decision, Limit, Run
 from kvstrata.manager.explain import Gauges
 from kvstrata.manager.groups import Chain, longest
 from kvstrata.manager.onboard import Onboarding
+from kvstrata.manager.probing import Probing, Unknown
 from kvstrata.manager.state import BrainState
 from kvstrata.manager.storing import Storing
 from kvstrata.pool import Pin
@@ -80,6 +81,8 @@ class _Hold:
     throttled: set[SequenceHash] = field(default_factory=set)
     decision: Decision | None = None  # made once, so that it does not flip while queues move
     cut: int | None = None  # blocks that are worth loading, None for all
+    probe: int = 0  # blocks to ask other daemons' tiers for, 0 before the first question
+    probed: int = 0  # where the last question began
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +101,13 @@ class Loading:
         state: BrainState,
         onboarding: Onboarding,
         storing: Storing,
+        probing: Probing,
         gauges: Gauges | None,
         block_tokens: int = 0,
     ) -> None:
         """`block_tokens` is how long prompts are for the cost model."""
         self._state, self._onboarding, self._storing = state, onboarding, storing
+        self._probing = probing
         self._gauges, self._block_tokens = gauges, block_tokens
         self._holds: dict[Holder, _Hold] = {}
 
@@ -121,6 +126,10 @@ class Loading:
             pairs = zip(chain.hashes, slots, strict=True)
             self._pin(hold, [(key, slot) for key, slot in pairs if slot is not None])
         reach = self._reach(chains, found)
+        if hold.decision is None and self._probe(hold, chains, reach):
+            ready, until = _ready(chains, found, reach), hold.staging_until
+            staged = self._count_staged(hold, _keys(chains, ready))
+            return LookupAnswer(ready, staged, 1, until, "pending")
         if state.costs and reach and engine.prefill_tokens_per_s and hold.decision is None:
             self._decide(holder, hold, chains, found, reach)
         if hold.cut is not None and reach > hold.cut:
@@ -236,6 +245,27 @@ class Loading:
                 reach += 1
             whole.append(reach)
         return longest(whole, windowed)
+
+    def _probe(self, hold: _Hold, chains: Sequence[Chain], reach: int) -> bool:
+        """Ask keyed tiers for what would follow on `reach`; return whether to wait for answers."""
+        limits, now = self._state.limits, self._state.now
+        ends = reach == len(chains[0].hashes)
+        if not self._probing.useful or ends or (hold.staging_until and now >= hold.staging_until):
+            return False
+        hold.probe = hold.probe or limits.probe_blocks_max
+        if reach >= hold.probed + hold.probe:  # all that was asked for is there
+            hold.probe = min(2 * hold.probe, limits.job_blocks_max * 64)
+        unknown = [
+            Unknown(chain.hashes[place], chain.hashes[place - 1] if place else None)
+            for chain in chains
+            for place in range(reach, min(reach + hold.probe, len(chain.hashes)))
+            if not self._is_somewhere(chain.hashes[place])
+        ]
+        if not unknown or not self._probing.ask(unknown):
+            return False
+        hold.probed = reach
+        hold.staging_until = hold.staging_until or now + limits.staging_timeout_s
+        return True
 
     def _decide(
         self,

@@ -34,6 +34,7 @@ from kvstrata.manager.loading import (
 from kvstrata.manager.mismatch import FAMILIES_MAX, Families, sentence
 from kvstrata.manager.offload import Offloading
 from kvstrata.manager.onboard import Onboarding
+from kvstrata.manager.probing import Probing
 from kvstrata.manager.retaining import Retaining
 from kvstrata.manager.state import BrainState, Counters, LowerTier
 from kvstrata.manager.storing import Storing
@@ -101,10 +102,12 @@ class Manager:
         self._state.tenants.watch(dict(self._state.pools()))
         self._families = Families(min(max(slots, 1024), FAMILIES_MAX))
         self._gauges = Gauges(host.slots_total, policy) if policy else None
+        self._probing = Probing(self._state)
         self._loading = Loading(
             self._state,
             self._onboarding,
             self._storing,
+            self._probing,
             self._gauges,
             costs.block_tokens if costs else 0,
         )
@@ -313,16 +316,19 @@ class Manager:
         return jobs
 
     def late(self, now: float) -> list[TransferId]:
-        """Give up reads past their deadline; return their ids so that the caller cancels them.
+        """Give up reads and questions past their deadline; return their ids, to be cancelled.
 
         Jobs that are completed after it ended at `now`.
         """
         self._state.now = now
-        return self._onboarding.give_up_late(now)
+        return self._onboarding.give_up_late(now) + self._probing.give_up_late(now)
 
     def complete(self, done: JobDone) -> None:
         """Take the single end of a job."""
         if self._deleting.finish(done):
+            return
+        if (probed := self._probing.finish(done)) is not None:
+            self.adopt(*probed, evict=True)
             return
         state = self._state
         if state.costs and all(done.ok):
@@ -358,6 +364,7 @@ class Manager:
     def pending(self) -> int:
         """Blocks and jobs on their way; 0 when the node has nothing left to do."""
         busy = self._onboarding.in_flight + self._storing.in_flight + len(self._state.outbox)
+        busy += self._probing.in_flight
         return busy + self._offloading.pending + self._deleting.pending
 
     @property
@@ -370,17 +377,22 @@ class Manager:
         """Jobs and keys of keyed tiers that are still to be deleted."""
         return self._deleting.pending
 
-    def adopt(self, tier: TierName, found: Sequence[Found], *, cleared: bool = False) -> None:
+    def adopt(
+        self, tier: TierName, found: Sequence[Found], *, cleared: bool = False, evict: bool = False
+    ) -> None:
         """Take over blocks that were found in a keyed tier; with `cleared` delete them instead.
 
-        Nothing of them is believed but that they may be there: a read verifies all of it.
+        Nothing of them is believed but that they may be there: a read verifies all of it. With
+        `evict` others make room for them.
         """
         lower = self._state.tier(tier)
         new = self._offloading.unknown(lower, found)
         if cleared:
             self._deleting.doom(lower, [each.key for each in new])
         else:
-            adopt(self._state, lower, new)
+            evicted = adopt(self._state, lower, new, evict=evict)
+            self._state.evicted(evicted, tier)
+            self._deleting.doom(lower, evicted)
 
     def written(self, tier: TierName) -> int:
         """Return the write counter of the block last given out to be written to a lower `tier`."""

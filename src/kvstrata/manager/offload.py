@@ -166,7 +166,7 @@ class Offloading:
     def unknown(self, tier: LowerTier, found: Sequence[Found]) -> list[Found]:
         """Return those of `found` that are not in `tier`, nor on their way into or out of it."""
         writing = {key for edge in self._edges if edge.tier is tier for key in edge.writing}
-        known = writing | tier.doomed.keys()
+        known = writing | tier.doomed.keys() | self._deleting.going(tier)
         return [each for each in found if each.key not in tier and each.key not in known]
 
     def pump(self) -> None:

@@ -204,7 +204,9 @@ class Onboarding:
                 corrupt.append(key)
             elif not done.ok[index]:
                 unread.append(key)
-            elif not tier.keyed and done.checksums[index] != tier.seals[source]:
+            elif tier.keyed:  # what arrived was compared with its own header's seal
+                good += [] if stale else [index]
+            elif done.checksums[index] != tier.seals[source]:
                 corrupt.append(key)
             elif not stale:
                 good.append(index)

@@ -75,6 +75,10 @@ class Counters:
     """Blocks that stay in a shared or object tier because too many waited to be deleted."""
     adopted_blocks: int = 0
     """Blocks found in shared and object tiers that were there already."""
+    probed_blocks: int = 0
+    """Blocks that shared and object tiers were asked for because a lookup would have missed."""
+    found_blocks: int = 0
+    """Those of them that were there: another daemon wrote them."""
     unadopted_blocks: int = 0
     """Blocks found there that this daemon had no room for; left where they are."""
     expired_holds: int = 0

@@ -21,6 +21,7 @@ __all__ = [
     "JobDone",
     "Lineage",
     "Outcome",
+    "ProbeJob",
     "ReadJob",
     "SealJob",
     "TransferBackend",
@@ -158,7 +159,19 @@ class EraseJob:
     """Keys there, if it is a keyed tier."""
 
 
-Job: TypeAlias = SealJob | ReadJob | WriteJob | EraseJob
+@dataclass(frozen=True, slots=True)
+class ProbeJob:
+    """Ask a keyed tier which of these blocks it has; JobDone's `ok` says it for each."""
+
+    transfer: TransferId
+    """Names the job."""
+    tier: TierName
+    """Where."""
+    keys: tuple[SequenceHash, ...]
+    """Their keys."""
+
+
+Job: TypeAlias = SealJob | ReadJob | WriteJob | EraseJob | ProbeJob
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from kvstrata.transfer.base import (
     Job,
     JobDone,
     Outcome,
+    ProbeJob,
     ReadJob,
     SealJob,
     TransferBackend,
@@ -45,7 +46,7 @@ __all__ = ["Executor"]
 
 @dataclass(slots=True)
 class _Running:
-    job: Job
+    job: SealJob | ReadJob | WriteJob | EraseJob
     ok: list[bool]
     ops: list[CopyOp] = field(default_factory=list)
     seals: list[bytes] = field(default_factory=list)
@@ -92,6 +93,7 @@ class Executor:
             return True
         if self._closed or len(self._running) >= self._jobs_max:
             return False
+        assert not isinstance(job, ProbeJob), "only keyed tiers are probed"
         blocks = job.targets if isinstance(job, EraseJob) else job.slots
         running = _Running(job, [True] * len(blocks))
         match job:

@@ -3,10 +3,12 @@
     read    store -> host, verified against the header as it arrives
     write   host blocks compared with their seals, then put
     erase   deleted
+    probe   which of them are there
 
 The executor hands over the jobs that name this tier. Reads have workers of their own: a request
-waits for them, and for nobody's writes. Writes wait for deletes that came before them: those make
-the room, and one of the same key would take what was just written.
+waits for them, and for nobody's writes. A write of a key that is being deleted waits until that
+ended, or the delete would take what was just written; where the store itself bounds its bytes
+writes wait for all deletes.
 
 Owner: the daemon's one thread. A store that hangs holds its workers and nothing else: jobs beyond
 `jobs_max` end at once as failed, and what is cancelled before it began ends too.
@@ -29,6 +31,7 @@ from kvstrata.transfer.backends.keyed import (
     KeyedEnd,
     KeyedErase,
     KeyedOp,
+    KeyedProbe,
     KeyedResult,
 )
 from kvstrata.transfer.base import (
@@ -37,13 +40,14 @@ from kvstrata.transfer.base import (
     JobDone,
     Lineage,
     Outcome,
+    ProbeJob,
     ReadJob,
     WriteJob,
 )
 
 __all__ = ["KeyedJob", "KeyedMover"]
 
-KeyedJob: TypeAlias = ReadJob | WriteJob | EraseJob
+KeyedJob: TypeAlias = ReadJob | WriteJob | EraseJob | ProbeJob
 """What a keyed tier can be asked for."""
 
 _GONE = frozenset({KeyedResult.MISSED, KeyedResult.REFUSED})
@@ -99,7 +103,7 @@ class KeyedMover:
         """Take `job`: it ends in one JobDone, at once and failed if there are too many."""
         if len(self._running) + len(self._held) >= self._jobs_max:
             self._refuse(job, "too many jobs of this tier are under way")
-        elif isinstance(job, WriteJob) and self._deleting:
+        elif isinstance(job, WriteJob) and self._waits(job):
             self._held.append(job)
         else:
             self._start(job)
@@ -113,7 +117,7 @@ class KeyedMover:
                 self._deleting -= Counter(running.job.keys)
         for _ in range(len(self._held)):
             job = self._held.popleft()
-            if self._deleting:
+            if self._waits(job):
                 self._held.append(job)
             else:
                 self._start(job)
@@ -144,6 +148,11 @@ class KeyedMover:
 
     # -- private -------------------------------------------------------------------------------
 
+    def _waits(self, job: WriteJob) -> bool:
+        if self.store.capacity_bytes is not None:  # what is deleted makes room for what is written
+            return bool(self._deleting)
+        return bool(self._deleting) and not self._deleting.keys().isdisjoint(job.keys)
+
     def _refuse(self, job: KeyedJob, reason: str) -> None:
         bad = (False,) * (len(job.keys))
         self._ended.append(JobDone(job.transfer, bad, (b"",) * len(bad), reason))
@@ -157,6 +166,8 @@ class KeyedMover:
                 accepted = self._reader.submit(job.transfer, self._plan_read(job), end, memory)
             case WriteJob():
                 accepted = self._writer.submit(job.transfer, self._plan_write(job), memory, end)
+            case ProbeJob():
+                accepted = self._reader.submit(job.transfer, [KeyedProbe(job.keys)], end, None)
             case EraseJob():
                 accepted = self._writer.submit(job.transfer, [KeyedErase(job.keys)], None, end)
                 if accepted:
@@ -198,6 +209,10 @@ def _judge(job: KeyedJob, end: KeyedEnd, completion: Completion) -> JobDone:
     good = completion.outcome is Outcome.DONE
     if isinstance(job, EraseJob):
         return JobDone(job.transfer, (good,) * count, (), completion.reason)
+    if isinstance(job, ProbeJob):
+        answer = end.answers.get(0)
+        there = answer.there if good and answer else (False,) * count
+        return JobDone(job.transfer, there, (), "" if good else completion.reason or "failed")
     if completion.outcome is Outcome.CANCELLED:
         return JobDone(
             job.transfer, (False,) * count, (b"",) * count, completion.reason or "cancelled"

@@ -49,6 +49,7 @@ __all__ = [
     "KeyedEnd",
     "KeyedErase",
     "KeyedOp",
+    "KeyedProbe",
     "KeyedResult",
     "MoverStatistics",
 ]
@@ -103,6 +104,21 @@ class KeyedErase:
         return len(self.keys)
 
 
+@dataclass(frozen=True, slots=True)
+class KeyedProbe:
+    """Blocks that the store at the transfer's source is asked for; its target is not used."""
+
+    keys: tuple[SequenceHash, ...]
+    """Their keys."""
+    first: int = 0
+    """Index of the first one in the plan."""
+
+    @property
+    def count(self) -> int:
+        """How many blocks of the plan it covers."""
+        return len(self.keys)
+
+
 class KeyedResult(Enum):
     """What became of one op."""
 
@@ -111,6 +127,7 @@ class KeyedResult(Enum):
     FULL = "full"
     LOADED = "loaded"
     ERASED = "erased"
+    PROBED = "probed"
     MISSED = "missed"
     REFUSED = "refused"
     DAMAGED = "damaged"
@@ -118,7 +135,13 @@ class KeyedResult(Enum):
 
 
 _GOOD: Final = frozenset(
-    {KeyedResult.CREATED, KeyedResult.EXISTED, KeyedResult.LOADED, KeyedResult.ERASED}
+    {
+        KeyedResult.CREATED,
+        KeyedResult.EXISTED,
+        KeyedResult.LOADED,
+        KeyedResult.ERASED,
+        KeyedResult.PROBED,
+    }
 )
 
 
@@ -134,6 +157,8 @@ class KeyedAnswer:
     """What went wrong, for people."""
     retryable: bool = False
     """Whether the same op may succeed later."""
+    there: tuple[bool, ...] = ()
+    """Of a probe, for each key whether it was there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +187,8 @@ class MoverStatistics:
     """Blocks not written for want of room."""
     loaded: int = 0
     """Blocks read and found good."""
+    probed: int = 0
+    """Ops that asked for blocks."""
     erased: int = 0
     """Ops that deleted blocks."""
     missed: int = 0
@@ -359,7 +386,9 @@ class KeyedBackend:
 
     # -- one block -----------------------------------------------------------------------------
 
-    def _move(self, op: KeyedOp | KeyedErase, source: Any, target: Any) -> KeyedAnswer:
+    def _move(self, op: KeyedOp | KeyedErase | KeyedProbe, source: Any, target: Any) -> KeyedAnswer:
+        if isinstance(op, KeyedProbe) and isinstance(source, KeyedEnd):
+            return KeyedAnswer(KeyedResult.PROBED, there=tuple(source.store.exists(op.keys)))
         if isinstance(op, KeyedErase) and isinstance(target, KeyedEnd):
             target.store.delete(op.keys)
             return KeyedAnswer(KeyedResult.ERASED)
