@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvstrata.core.ids import TransferId
-from kvstrata.storage.base import FileRegion, MemoryRegion
+from kvstrata.storage.base import FileRegion, MemoryRegion, StripedRegion
 from kvstrata.transfer.base import Completion, CopyOp, Outcome, TransferBackend
 
 __all__ = ["Faults", "FaultyBackend"]
@@ -41,7 +41,8 @@ class FaultyBackend:
 
     def submit(self, transfer: TransferId, ops: Sequence[CopyOp], source: Any, target: Any) -> bool:
         """Hand the transfer on, some of its writes torn."""
-        handed = [self._torn(op) for op in ops] if isinstance(target, FileRegion) else ops
+        files = isinstance(target, FileRegion | StripedRegion)
+        handed = [self._torn(op) for op in ops] if files else ops
         accepted = self._inner.submit(transfer, handed, source, target)
         if accepted:
             self._ops[transfer] = (ops, target)

@@ -13,15 +13,16 @@ brain's: it stops waiting and quarantines the target, and still gets the JobDone
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import SequenceHash, TransferId
 from kvstrata.core.tier import TierName
 from kvstrata.storage.arena import Arena
-from kvstrata.storage.base import NOBODY, MemoryRegion, StoredBlock
+from kvstrata.storage.base import NOBODY, MemoryRegion, SlotGrid, StoredBlock
 from kvstrata.storage.entry import BLANK_ENTRY, ENTRY_BYTES, encode_entry
 from kvstrata.storage.slab import Slab
+from kvstrata.storage.stripe import Stripe
 from kvstrata.transfer.backends.posix import PosixBackend
 from kvstrata.transfer.backends.sealer import SealerBackend, SealRequest
 from kvstrata.transfer.base import (
@@ -36,7 +37,7 @@ from kvstrata.transfer.base import (
     TransferBackend,
     WriteJob,
 )
-from kvstrata.transfer.plan import plan_copy
+from kvstrata.transfer.plan import OP_BYTES_MAX, plan_copy
 
 __all__ = ["Executor"]
 
@@ -57,7 +58,7 @@ class Executor:
     def __init__(
         self,
         arena: Arena,
-        slabs: Mapping[TierName, Slab],
+        slabs: Mapping[TierName, Slab | Stripe],
         fingerprint: bytes,
         limits: Limits,
         *,
@@ -176,7 +177,9 @@ class Executor:
         assert isinstance(job, ReadJob)
         slab = self._slabs[job.tier]
         pairs = list(zip(job.sources, job.slots, strict=True))
-        running.ops = plan_copy(pairs, slab.grid, self._arena.grid)
+        running.ops = plan_copy(
+            pairs, _pages(slab.grid), _pages(self._arena.grid), op_bytes_max=_op_bytes_max(slab)
+        )
         return self._mover.submit(job.transfer, running.ops, slab.region, self._arena.region)
 
     def _write(self, running: _Running) -> bool:
@@ -185,10 +188,11 @@ class Executor:
         slab = self._slabs[job.tier]
         chosen = [index for index, ok in enumerate(running.ok) if ok]
         pairs = [(job.slots[index], job.targets[index]) for index in chosen]
+        grids = _pages(self._arena.grid), _pages(slab.grid)
         if len(chosen) == len(job.slots):
-            running.ops = plan_copy(pairs, self._arena.grid, slab.grid)
+            running.ops = plan_copy(pairs, *grids, op_bytes_max=_op_bytes_max(slab))
         else:  # one op a block: its number in the plan is not its number in the job
-            planned = plan_copy(pairs, self._arena.grid, slab.grid, op_bytes_max=1)
+            planned = plan_copy(pairs, *grids, op_bytes_max=1)
             running.ops = [_renumber(op, chosen[op.first]) for op in planned]
         return self._mover.submit(job.transfer, running.ops, self._arena.region, slab.region)
 
@@ -222,7 +226,7 @@ class Executor:
         return self._submit_lines(running, slab, job.targets, lines)
 
     def _submit_lines(
-        self, running: _Running, slab: Slab, targets: tuple[int, ...], lines: dict[int, bytes]
+        self, running: _Running, slab: Slab | Stripe, targets: tuple[int, ...], lines: dict[int, bytes]
     ) -> bool:
         buffer = MemoryRegion(memoryview(bytearray(b"".join(lines.values()))))
         running.ops = [
@@ -234,3 +238,15 @@ class Executor:
 
 def _renumber(op: CopyOp, first: int) -> CopyOp:
     return CopyOp(op.source_offset, op.target_offset, op.length, first, op.count)
+
+
+def _pages(grid: SlotGrid) -> SlotGrid:
+    """Return `grid` as one of whole pages: only they can move past the page cache.
+
+    What lies behind a block in its last page moves along and means nothing.
+    """
+    return replace(grid, block_bytes=grid.stride_bytes)
+
+
+def _op_bytes_max(slab: Slab | Stripe) -> int:
+    return OP_BYTES_MAX if slab.merges else 1
