@@ -15,6 +15,7 @@ from kvstrata.core.tier import Admission, TierKind, TierName
 __all__ = [
     "BLOCK_TOKENS_DEFAULT",
     "BYPASS_BYTES",
+    "PLACE_SEPARATOR",
     "Limits",
     "NodeConfig",
     "TierConfig",
@@ -28,6 +29,9 @@ BLOCK_TOKENS_DEFAULT: Final = 64
 """Tokens in one block, and the hash granularity that engines must share to share blocks."""
 BYPASS_BYTES: Final = 256 << 20
 """Size of a host tier that nobody asked for, where blocks wait on their way to lower tiers."""
+
+PLACE_SEPARATOR: Final = "|"
+"""What stands between the directories and devices of one tier."""
 
 _UNITS: Final = {
     "": 1, "b": 1,
@@ -47,12 +51,17 @@ class TierConfig:
     capacity_bytes: int
     """Upper bound of the bytes that the tier may take, its own bookkeeping included."""
     directory: str | None = None
-    """Directory of a disk tier's files; None for the host tier."""
+    """Directories and block devices of a disk tier, `|` between them; None for the host tier."""
     admission: Admission = Admission.WRITE_THROUGH
     """Which blocks of the tier above enter it; means nothing for the host tier."""
     bypass: bool = False
     """For the host tier: it is only where blocks wait on their way between engine and the tier
     below, and keeps each from eviction until it is written there."""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where a disk tier's bytes are: one directory or device, or several to stripe over."""
+        return tuple(self.directory.split(PLACE_SEPARATOR)) if self.directory else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +97,8 @@ class Limits:
     """By which share of its own time loading must be faster than computing."""
     cost_probe_interval_s: float = 10.0
     """How long a tier that is too slow is left alone before a few blocks are read to see again."""
-    transfer_threads: int = 2
-    """Threads that move bytes to and from disk."""
+    transfer_threads: int = 4
+    """Threads that move bytes to and from disk: as many operations are under way at once."""
     checksum_threads: int = 1
     """Threads that compute block checksums."""
     drain_timeout_s: float = 2.0
@@ -160,8 +169,9 @@ def parse_bytes(text: str, *, field: str) -> int:
 
 
 def parse_tiers(text: str) -> tuple[TierConfig, ...]:
-    """Return the tiers of `[host:SIZE[:bypass],]disk:DIRECTORY:SIZE[:ADMISSION],...`, host first.
+    """Return the tiers of `[host:SIZE[:bypass],]disk:PLACES:SIZE[:ADMISSION],...`, host first.
 
+    Places are directories or block devices, `|` between them; over several the tier is striped.
     A list that begins below the host gets a host of `BYPASS_BYTES` that is bypassed. Raises
     ConfigError for an unknown, repeated, missing or misplaced tier, and for a bad size.
     """
@@ -174,11 +184,11 @@ def parse_tiers(text: str) -> tuple[TierConfig, ...]:
         )
     if found[0].kind is not TierKind.HOST:
         found.insert(0, TierConfig(TierKind.HOST, BYPASS_BYTES, bypass=True))
-    places = [tier.directory for tier in found if tier.directory]
+    places = [place for tier in found for place in tier.places]
     if twice := [place for place in places if places.count(place) > 1]:
         raise ConfigError(
             f"tiers: two tiers would keep their files in {twice[0]!r}",
-            hint="give each disk tier a directory of its own",
+            hint="give each disk tier a directory of its own, and name each once",
         )
     if found[0].bypass and (len(found) == 1 or found[1].admission is not Admission.WRITE_THROUGH):
         raise ConfigError(
@@ -197,10 +207,11 @@ def _parse_tier(text: str) -> TierConfig:
     if name == TierKind.DISK.value:
         rest, admission = _split_admission(rest)
         directory, _, size = rest.rpartition(":")
-        if not directory:
+        if not all(place.strip() for place in directory.split(PLACE_SEPARATOR)):
             raise ConfigError(
                 f"tiers.disk: {text!r} names no directory",
-                hint="write disk:DIRECTORY:SIZE, for example disk:/var/kv:20GiB",
+                hint="write disk:DIRECTORY:SIZE, for example disk:/var/kv:20GiB, or "
+                "disk:/nvme0/kv|/nvme1/kv:4TiB for several",
             )
         capacity = parse_bytes(size, field="tiers.disk")
         return TierConfig(TierKind.DISK, capacity, directory, admission)

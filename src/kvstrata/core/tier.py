@@ -22,7 +22,7 @@ class TierKind(Enum):
     HOST = "host"
     """Shared memory."""
     DISK = "disk"
-    """One preallocated file in a directory."""
+    """Preallocated files in directories, or whole block devices."""
 
 
 class Admission(Enum):

@@ -25,7 +25,7 @@ from kvstrata.runtime.addresses import check_address, lock_path, socket_path
 from kvstrata.runtime.process import ProcessWatch
 from kvstrata.runtime.server import NodeServer
 from kvstrata.storage.arena import check_host_size
-from kvstrata.storage.slab import check_directory
+from kvstrata.storage.footing import check_place
 
 __all__ = ["PrivateOrder", "ReadyLine", "check", "main", "serve"]
 
@@ -70,8 +70,8 @@ def check(config: NodeConfig) -> None:
         )
     check_host_size(config.host.capacity_bytes)
     for tier in config.lower.values():
-        if tier.directory:
-            check_directory(tier.directory)
+        for place in tier.places:
+            check_place(place)
 
 
 def serve(

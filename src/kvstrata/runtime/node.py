@@ -9,13 +9,16 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from kvstrata.core.config import Limits, NodeConfig, tier_names
+from kvstrata.core.errors import CallRefusedError
 from kvstrata.core.tier import HOST, TierName
 from kvstrata.layout import BlockLayout
 from kvstrata.manager import Costs, LowerTier, Manager
 from kvstrata.manager.tenants import Tenants
 from kvstrata.pool import Pool
+from kvstrata.runtime.losing import Losing
 from kvstrata.storage.arena import Arena
 from kvstrata.storage.slab import Slab
+from kvstrata.storage.stripe import Stripe, open_slab
 from kvstrata.transfer.base import Job
 from kvstrata.transfer.executor import Executor
 
@@ -29,15 +32,16 @@ class Node:
         """Open the stores for `layout`; raises ConfigError and leaves nothing open."""
         self.layout = layout
         with contextlib.ExitStack() as opened:
-            self._slabs: dict[TierName, Slab] = {}
+            self._slabs: dict[TierName, Slab | Stripe] = {}
             for name, tier in config.lower.items():
-                assert tier.directory is not None, "a disk tier without a directory"
-                slab = Slab.open(tier.directory, tier.capacity_bytes, layout)
+                assert tier.places, "a disk tier without a directory"
+                slab = open_slab(tier.places, tier.capacity_bytes, layout)
                 self._slabs[name] = opened.enter_context(contextlib.closing(slab))
             self.arena = Arena.create(config.host.capacity_bytes, layout)
             opened.callback(self.arena.close)
             self._policy = config.policy
             self.manager = self._make_manager(config)
+            self._losing = {tier.name: Losing(tier, self._slabs[tier.name]) for tier in self._lower}
             self._executor = Executor(
                 self.arena, self._slabs, layout.fingerprint, config.limits, notify=notify
             )
@@ -91,6 +95,8 @@ class Node:
             self._executor.cancel(transfer)
         for done in self._executor.poll():
             self.manager.complete(done)
+        for losing in self._losing.values():
+            losing.look(self.manager)
         self._waiting += self.manager.step(now)
         while self._waiting and self._executor.try_submit(self._waiting[0]):
             self._waiting.popleft()
@@ -101,11 +107,20 @@ class Node:
         return [HOST, *self._slabs]
 
     def clear(self, tiers: Collection[TierName]) -> int:
-        """Forget every block in `tiers`, for a restart too; return how many there were."""
+        """Forget every block in `tiers`, for a restart too; return how many there were.
+
+        Raises CallRefusedError if a disk does not take note of it.
+        """
         count = self.manager.clear(tiers)
         for name, slab in self._slabs.items():
             if name in tiers:
-                slab.forget_until(self.manager.written(name))
+                try:
+                    slab.forget_until(self.manager.written(name))
+                except OSError as error:
+                    raise CallRefusedError(
+                        f"tiers: {name} is cleared, but its disk did not take note of it "
+                        f"({error.strerror}): a restart may find the blocks again"
+                    ) from error
         return count
 
     @property
@@ -137,6 +152,8 @@ class Node:
             | {
                 tier.name: dataclasses.asdict(tier.pool.statistics())
                 | {"hit_blocks": tier.hit_blocks, "admission": tier.admission.value}
+                | {"lost": self._losing[tier.name].slots}
+                | {"devices": self._slabs[tier.name].statistics()}
                 for tier in self._lower
             },
         }

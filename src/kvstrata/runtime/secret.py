@@ -8,6 +8,7 @@ from typing import Final
 
 from kvstrata.core.config import NodeConfig
 from kvstrata.core.errors import ConfigError
+from kvstrata.storage.footing import is_device
 
 __all__ = ["SECRET_NAME", "load_secret"]
 
@@ -20,13 +21,20 @@ def load_secret(config: NodeConfig) -> bytes:
     """Return the secret: from its file, made there if missing, or a fresh one without a disk.
 
     Keys made under a lost secret are never found again, so it is kept where the blocks are.
-    Raises ConfigError if the file cannot be read or does not hold 32 bytes.
+    Raises ConfigError if the file cannot be read or does not hold 32 bytes, and if all blocks
+    are on devices, which hold no files.
     """
     if config.secret_file is not None:
         return _read(Path(config.secret_file), "secret_file")
-    directory = next((tier.directory for tier in config.tiers if tier.directory), None)
-    if directory is None:
+    places = [place for tier in config.tiers for place in tier.places]
+    if not places:
         return os.urandom(_SECRET_BYTES)
+    directory = next((place for place in places if not is_device(place)), None)
+    if directory is None:
+        raise ConfigError(
+            f"secret_file: device {places[0]!r} holds no files, so the secret has no place",
+            hint="name one; make it with: head -c 32 /dev/urandom > FILE; chmod 600 FILE",
+        )
     path = Path(directory).expanduser() / SECRET_NAME
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:

@@ -147,6 +147,11 @@ class Slab:
         """Slots that are lost because their device is left alone: none, or all."""
         return range(self._grid.slots if self.region.health.failed else 0)
 
+    @property
+    def failed_devices(self) -> int:
+        """How many devices failed so often that they are left alone."""
+        return int(self.region.health.failed)
+
     def statistics(self) -> list[dict[str, Any]]:
         """Return the state of each device or file, as plain names and numbers."""
         health = self.region.health

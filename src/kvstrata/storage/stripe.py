@@ -142,6 +142,11 @@ class Stripe:
             for slot in slab.failed_slots
         ]
 
+    @property
+    def failed_devices(self) -> int:
+        """How many devices failed so often that they are left alone."""
+        return sum(slab.failed_devices for slab in self._slabs)
+
     def statistics(self) -> list[dict[str, Any]]:
         """Return the state of each device or file, as plain names and numbers."""
         return [state for slab in self._slabs for state in slab.statistics()]

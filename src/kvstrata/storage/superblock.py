@@ -30,7 +30,9 @@ _VERSION: Final = 1
 _MAGIC: Final = b"KVSTRATA"
 _HEAD: Final = struct.Struct("<8sI16sQQQH")  # magic version fingerprint slots stride block text
 _FLOOR: Final = struct.Struct("<QI")  # write counter, crc32 of it
-_KEEP: Final = "kvstrata never reads or deletes it: move it away, or use another directory or device"
+_KEEP: Final = (
+    "kvstrata never reads or deletes it: move it away, or use another directory or device"
+)
 
 FLOOR_OFFSET: Final = PAGE_BYTES - 512
 """Where the floor lies: a sector of its own, so that a torn one harms nothing else."""

@@ -226,7 +226,11 @@ class Executor:
         return self._submit_lines(running, slab, job.targets, lines)
 
     def _submit_lines(
-        self, running: _Running, slab: Slab | Stripe, targets: tuple[int, ...], lines: dict[int, bytes]
+        self,
+        running: _Running,
+        slab: Slab | Stripe,
+        targets: tuple[int, ...],
+        lines: dict[int, bytes],
     ) -> bool:
         buffer = MemoryRegion(memoryview(bytearray(b"".join(lines.values()))))
         running.ops = [
