@@ -8,8 +8,8 @@ import os
 import subprocess
 import uuid
 from collections import Counter
-from pathlib import Path
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 

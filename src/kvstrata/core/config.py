@@ -97,7 +97,7 @@ class Limits:
     """By which share of its own time loading must be faster than computing."""
     cost_probe_interval_s: float = 10.0
     """How long a tier that is too slow is left alone before a few blocks are read to see again."""
-    transfer_threads: int = 4
+    transfer_threads: int = 8
     """Threads that move bytes to and from disk: as many operations are under way at once."""
     checksum_threads: int = 1
     """Threads that compute block checksums."""

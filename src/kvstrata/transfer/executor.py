@@ -1,9 +1,11 @@
 """Carries out the brain's jobs: each is a short list of stages, each stage one backend transfer.
 
     seal    seal the host blocks
-    read    file -> host            then seal what arrived (the brain compares)
-    write   seal the host blocks, drop those that differ; host -> file; index lines -> file
+    read    file -> host, sealing what arrived (the brain compares)
+    write   seal the host blocks, drop those that differ, host -> file; index lines -> file
     erase   blank index lines -> file
+
+A mover that cannot seal on the way has it done in a stage of its own, after or before its own.
 
 Owner: the daemon's one thread. Queues are bounded by `jobs_max`; a job that does not fit is
 refused and the brain keeps it. Each accepted job ends in exactly one `JobDone`. Deadlines are the
@@ -38,6 +40,7 @@ from kvstrata.transfer.base import (
     WriteJob,
 )
 from kvstrata.transfer.plan import OP_BYTES_MAX, plan_copy
+from kvstrata.transfer.sealed import SEALED_READ, SEALED_WRITE, SealedMemory
 
 __all__ = ["Executor"]
 
@@ -78,6 +81,7 @@ class Executor:
         self._sealer: TransferBackend = SealerBackend(
             threads=limits.checksum_threads, queue_transfers_max=jobs_max, notify=notify
         )
+        self._fuses = {SEALED_READ, SEALED_WRITE} <= self._mover.capabilities()
         self._running: dict[TransferId, _Running] = {}
         self._closed = False
 
@@ -91,9 +95,10 @@ class Executor:
             case SealJob():
                 running.stages = [self._seal]
             case ReadJob():
-                running.stages = [self._read, self._seal]
+                running.stages = [self._read] if self._fuses else [self._read, self._seal]
             case WriteJob():
-                running.stages = [self._seal, self._write, self._write_entries]
+                before = [] if self._fuses else [self._seal]
+                running.stages = [*before, self._write, self._write_entries]
             case EraseJob():
                 running.stages = [self._erase]
         self._running[job.transfer] = running
@@ -180,7 +185,8 @@ class Executor:
         running.ops = plan_copy(
             pairs, _pages(slab.grid), _pages(self._arena.grid), op_bytes_max=_op_bytes_max(slab)
         )
-        return self._mover.submit(job.transfer, running.ops, slab.region, self._arena.region)
+        target = self._sealed(running, job.keys) if self._fuses else self._arena.region
+        return self._mover.submit(job.transfer, running.ops, slab.region, target)
 
     def _write(self, running: _Running) -> bool:
         job = running.job
@@ -194,7 +200,17 @@ class Executor:
         else:  # one op a block: its number in the plan is not its number in the job
             planned = plan_copy(pairs, *grids, op_bytes_max=1)
             running.ops = [_renumber(op, chosen[op.first]) for op in planned]
+        if self._fuses:
+            source = self._sealed(running, job.keys, job.checksums)
+            return self._mover.submit(job.transfer, running.ops, source, slab.region)
         return self._mover.submit(job.transfer, running.ops, self._arena.region, slab.region)
+
+    def _sealed(
+        self, running: _Running, keys: tuple[SequenceHash, ...], expected: tuple[bytes, ...] = ()
+    ) -> SealedMemory:
+        running.seals = [b""] * len(keys)
+        bindings = tuple(map(self._binding, keys))
+        return SealedMemory(self._arena.region, self._arena.grid, bindings, running.seals, expected)
 
     def _write_entries(self, running: _Running) -> bool:
         job = running.job

@@ -19,6 +19,7 @@ from kvstrata.storage.base import (
 )
 from kvstrata.transfer.backends.threaded import ThreadedBackend
 from kvstrata.transfer.base import CopyOp
+from kvstrata.transfer.sealed import SEALED_READ, SEALED_WRITE, SealedMemory
 
 __all__ = ["PosixBackend"]
 
@@ -34,26 +35,37 @@ class PosixBackend(ThreadedBackend):
 
     def move(self, op: CopyOp, source: Any, target: Any) -> None:
         """Move one op between a memory region and a file region, in either direction."""
-        if isinstance(source, FileRegion | StripedRegion) and isinstance(target, MemoryRegion):
-            memory, place = target, op.target_offset
-            pieces = source.pieces(op.source_offset, op.length)
-            write = False
-        elif isinstance(source, MemoryRegion) and isinstance(target, FileRegion | StripedRegion):
-            memory, place = source, op.source_offset
-            pieces = target.pieces(op.target_offset, op.length)
-            write = True
+        if isinstance(target, SealedMemory):
+            _move(op, source, target.region)
+            target.seal(op, op.target_offset)
+        elif isinstance(source, SealedMemory):
+            for part in source.unchanged(op):
+                _move(part, source.region, target)
         else:
-            raise TransferError("posix moves between memory and a file only", retryable=False)
-        _check_range(memory.view, place, op.length)
-        if not pieces:
-            raise TransferError(f"{op} is outside its region", retryable=False)
-        for piece in pieces:
-            _move_piece(piece, memory, place, write=write)
-            place += piece.length
+            _move(op, source, target)
 
     def capabilities(self) -> frozenset[tuple[str, str]]:
-        """File to memory and memory to file."""
-        return frozenset({("file", "memory"), ("memory", "file")})
+        """File to memory and memory to file, sealing on the way if asked to."""
+        return frozenset({("file", "memory"), ("memory", "file"), SEALED_READ, SEALED_WRITE})
+
+
+def _move(op: CopyOp, source: Any, target: Any) -> None:
+    if isinstance(source, FileRegion | StripedRegion) and isinstance(target, MemoryRegion):
+        memory, place = target, op.target_offset
+        pieces = source.pieces(op.source_offset, op.length)
+        write = False
+    elif isinstance(source, MemoryRegion) and isinstance(target, FileRegion | StripedRegion):
+        memory, place = source, op.source_offset
+        pieces = target.pieces(op.target_offset, op.length)
+        write = True
+    else:
+        raise TransferError("posix moves between memory and a file only", retryable=False)
+    _check_range(memory.view, place, op.length)
+    if not pieces:
+        raise TransferError(f"{op} is outside its region", retryable=False)
+    for piece in pieces:
+        _move_piece(piece, memory, place, write=write)
+        place += piece.length
 
 
 def _move_piece(piece: Piece, memory: MemoryRegion, place: int, *, write: bool) -> None:
