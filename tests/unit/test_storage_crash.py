@@ -1,8 +1,8 @@
-"""A writer killed at hundreds of moments and at every point of its write path; what is left after.
+"""A writer killed at hundreds of moments and at every point of its write path; what is left.
 
-Each life goes on with the slab that the last one left. After each death the slab is opened and every
-block that it names is read: it is the one that its key stands for or its seal says that it is not,
-and everything that was acknowledged and not overwritten since is there.
+Each life goes on with the slab that the last one left. After each death the slab is opened and
+every block that it names is read: it is the one that its key stands for, or its seal says that it
+is not; and everything that was acknowledged and not overwritten since is there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import random
 import signal
-import time
 
 import pytest
 
@@ -25,7 +24,7 @@ KILLS = 240
 
 @pytest.fixture(scope="module")
 def children():
-    """Starts children quickly: forks of a process that has loaded all it needs and has no thread."""
+    """Starts children quickly: forks of a process without threads that has loaded it all."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kvstrata.testing.crash"])
     return context

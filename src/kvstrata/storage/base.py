@@ -52,12 +52,13 @@ class MemoryRegion:
 class Health:
     """How often a file or device failed, and whether it is to be left alone.
 
-    Written by the threads that move bytes, read by everyone; one lock. What a full or read-only
-    file system refuses is counted and says nothing about the bytes that it keeps.
+    Written by the threads that move bytes, read by everyone; one lock. Reads and writes are judged
+    apart: a write into the page cache succeeds on any device. What a full or read-only file system
+    refuses is counted and says nothing about the bytes that it keeps.
     """
 
     FAILURES_MAX: Final = 3
-    """Failures without a success between them, after which a device is left alone."""
+    """Failed reads, or writes, without a good one between them, after which it is left alone."""
     _REFUSALS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
     def __init__(self) -> None:
@@ -69,13 +70,13 @@ class Health:
         """Whether it failed so often that nothing is read from or written to it any more."""
         self.reason = ""
         """The last failure, for people."""
-        self._in_a_row = 0
+        self._in_a_row = [0, 0]  # reads, writes
         self._lock = threading.Lock()
 
-    def succeeded(self) -> None:
-        """Take note that an operation moved its bytes."""
-        if self._in_a_row:
-            self._in_a_row = 0
+    def succeeded(self, *, write: bool) -> None:
+        """Take note that a read or a write moved its bytes."""
+        if self._in_a_row[write]:
+            self._in_a_row[write] = 0
 
     def failed_to(self, error: OSError, *, write: bool) -> None:
         """Take note that a read or a write failed."""
@@ -84,8 +85,8 @@ class Health:
             self.write_errors += write
             self.reason = str(error)
             if error.errno not in self._REFUSALS:
-                self._in_a_row += 1
-                self.failed = self.failed or self._in_a_row >= self.FAILURES_MAX
+                self._in_a_row[write] += 1
+                self.failed = self.failed or self._in_a_row[write] >= self.FAILURES_MAX
 
 
 class Piece(NamedTuple):

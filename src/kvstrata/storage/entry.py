@@ -87,7 +87,7 @@ def decode_entries(
     """
     table = np.frombuffer(lines, _LINE)
     count = len(table)
-    words = np.frombuffer(lines, "<u8").reshape(count, -1)
+    words = np.frombuffer(lines, "<u8").reshape(count, ENTRY_BYTES // 8)
     used = np.flatnonzero(words.any(axis=1))
     found = [crc32(lines[at : at + ENTRY_BYTES - 4]) for at in (used * ENTRY_BYTES).tolist()]
     used_lines = table[used]

@@ -22,7 +22,15 @@ from kvstrata.core.errors import ConfigError, LayoutError
 from kvstrata.storage.base import PAGE_BYTES, FileRegion
 from kvstrata.storage.superblock import Superblock, is_marked
 
-__all__ = ["SLAB_NAME", "Footing", "check_place", "is_device", "open_footing", "unreadable"]
+__all__ = [
+    "SLAB_NAME",
+    "Footing",
+    "blank",
+    "check_place",
+    "is_device",
+    "open_footing",
+    "unreadable",
+]
 
 SLAB_NAME: Final = "blocks.slab"
 """Name of the file in the disk tier's directory."""
@@ -39,6 +47,12 @@ class Footing:
     """Its bytes."""
     buffered_because: str
     """Why payloads go through the page cache; empty if they do not."""
+
+    def close(self) -> None:
+        """Close what is open; once."""
+        if self.region.direct >= 0:
+            os.close(self.region.direct)
+        os.close(self.region.descriptor)
 
 
 def is_device(place: str) -> bool:
@@ -232,10 +246,8 @@ def _prepare_device(descriptor: int, path: Path, wanted: Superblock) -> None:
                 hint=f"if nobody needs it: dd if=/dev/zero of={path} bs=1M count=1",
             )
         # The mark comes last: until then the front is blank, and a crash here changes nothing.
-        for start in range(PAGE_BYTES, wanted.index_end, _FRONT_BYTES):
-            size = min(_FRONT_BYTES, wanted.index_end - start)
-            os.pwrite(descriptor, bytes(size), start)  # lines of an older slab must not be found
-        os.fsync(descriptor)
+        # Lines of an older slab must not be found.
+        blank(descriptor, PAGE_BYTES, wanted.index_end)
         os.pwrite(descriptor, wanted.encode(), 0)
         os.fsync(descriptor)
     except OSError as error:
@@ -246,6 +258,15 @@ def _prepare_device(descriptor: int, path: Path, wanted: Superblock) -> None:
 
 
 # -- both --------------------------------------------------------------------------------------
+
+
+def blank(descriptor: int, start: int, end: int) -> None:
+    """Write zeros from `start` to `end`; they survive a loss of power."""
+    for offset in range(start, end, _FRONT_BYTES):
+        size = min(_FRONT_BYTES, end - offset)
+        if os.pwrite(descriptor, bytes(size), offset) != size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.fsync(descriptor)
 
 
 def _length(descriptor: int) -> int:

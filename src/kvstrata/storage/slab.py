@@ -25,11 +25,10 @@ from kvstrata.core.ids import SlotId
 from kvstrata.layout import BlockLayout
 from kvstrata.storage.base import PAGE_BYTES, FileRegion, SlotGrid, StoredBlock, align
 from kvstrata.storage.entry import ENTRY_BYTES, decode_entries
-from kvstrata.storage.footing import SLAB_NAME, Footing, open_footing, unreadable
+from kvstrata.storage.footing import SLAB_NAME, Footing, blank, open_footing, unreadable
 from kvstrata.storage.superblock import (
     FLOOR_BYTES,
     FLOOR_OFFSET,
-    FLOOR_TORN,
     Superblock,
     decode_floor,
     encode_floor,
@@ -52,14 +51,19 @@ class Slab:
         self._closed = False
         self.torn_entries = 0
         """Index lines that `recover` found neither blank nor whole."""
-        self.torn_floor = self.floor == FLOOR_TORN
-        """Whether the floor was damaged when the slab was opened, so that nothing is found."""
+        self.torn_floor = False
+        """Whether the floor was damaged when the slab was opened, so that nothing was found."""
         self._grid = SlotGrid(
             base_bytes=superblock.index_end,
             stride_bytes=superblock.stride_bytes,
             block_bytes=superblock.block_bytes,
             slots=superblock.slots,
         )
+        floor = decode_floor(self._read(FLOOR_BYTES, FLOOR_OFFSET))
+        if floor is None:
+            self.torn_floor, floor = True, 0
+            self._clear_all()
+        self._floor = floor
 
     @classmethod
     def open(cls, place: str, capacity_bytes: int, layout: BlockLayout) -> Slab:
@@ -79,7 +83,12 @@ class Slab:
         wanted = Superblock(
             layout.fingerprint, slots, stride, layout.block_bytes, layout.describe()
         )
-        return cls(open_footing(place, wanted, capacity_bytes), wanted)
+        footing = open_footing(place, wanted, capacity_bytes)
+        try:
+            return cls(footing, wanted)
+        except BaseException:
+            footing.close()
+            raise
 
     @property
     def path(self) -> Path:
@@ -102,8 +111,8 @@ class Slab:
 
     @property
     def floor(self) -> int:
-        """The write counter up to which every block was cleared; all of them if it is torn."""
-        return decode_floor(self._read(FLOOR_BYTES, FLOOR_OFFSET))
+        """The write counter up to which every block was cleared."""
+        return self._floor
 
     def forget_until(self, written: int) -> None:
         """Never recover a block written up to `written` again, not even after a loss of power.
@@ -112,6 +121,7 @@ class Slab:
         """
         record = [encode_floor(written)]
         os.pwritev(self.region.descriptor, record, FLOOR_OFFSET, os.RWF_DSYNC)
+        self._floor = written
 
     def recover(self) -> list[StoredBlock]:
         """Read the index, and only it: O(slots), whatever the blocks' size.
@@ -135,6 +145,18 @@ class Slab:
             found += blocks
             self.torn_entries += torn
         return found
+
+    def _clear_all(self) -> None:
+        """Blank every line, then mend a floor that does not say what was cleared.
+
+        In this order: whenever this is cut short, the floor still is torn and it is done again.
+        Counting from a floor above everything instead would not survive a second torn one.
+        """
+        try:
+            blank(self.region.descriptor, PAGE_BYTES, self._grid.base_bytes)
+            self.forget_until(0)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
 
     def _read(self, length: int, offset: int) -> bytes:
         try:
@@ -177,12 +199,9 @@ class Slab:
 
     def close(self) -> None:
         """Close the file or device and let others open it."""
-        if self._closed:
-            return
-        self._closed = True
-        if self.region.direct >= 0:
-            os.close(self.region.direct)
-        os.close(self.region.descriptor)
+        if not self._closed:
+            self._closed = True
+            self._footing.close()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from kvstrata.layout import BlockLayout
 from kvstrata.storage.base import PAGE_BYTES, SlotGrid, StoredBlock, StripedRegion, align
 from kvstrata.storage.entry import ENTRY_BYTES
 from kvstrata.storage.slab import Slab, newest, without_collector
-from kvstrata.storage.superblock import FLOOR_TORN
 
 __all__ = ["Stripe", "open_slab"]
 
@@ -116,21 +115,16 @@ class Stripe:
             raise errors[0]
 
     def recover(self) -> list[StoredBlock]:
-        """Read every index; as `Slab.recover`. A torn floor clears its own slab only."""
+        """Read every index; as `Slab.recover`. A torn floor cleared its own slab only."""
         with without_collector():
-            return self._recover()
-
-    def _recover(self) -> list[StoredBlock]:
-        floors = [slab.floor for slab in self._slabs]
-        whole = max((floor for floor in floors if floor != FLOOR_TORN), default=0)
-        found: list[StoredBlock] = []
-        count = len(self._slabs)
-        for member, (slab, floor) in enumerate(zip(self._slabs, floors, strict=True)):
-            found += [
-                block._replace(slot=SlotId(block.slot * count + member))
-                for block in slab.lines(max(floor, whole))
-            ]
-        return newest(found)
+            found: list[StoredBlock] = []
+            count, floor = len(self._slabs), self.floor
+            for member, slab in enumerate(self._slabs):
+                found += [
+                    block._replace(slot=SlotId(block.slot * count + member))
+                    for block in slab.lines(floor)
+                ]
+            return newest(found)
 
     @property
     def failed_slots(self) -> list[int]:

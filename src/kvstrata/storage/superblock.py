@@ -19,7 +19,6 @@ from kvstrata.storage.entry import ENTRY_BYTES
 __all__ = [
     "FLOOR_BYTES",
     "FLOOR_OFFSET",
-    "FLOOR_TORN",
     "Superblock",
     "decode_floor",
     "encode_floor",
@@ -38,8 +37,6 @@ FLOOR_OFFSET: Final = PAGE_BYTES - 512
 """Where the floor lies: a sector of its own, so that a torn one harms nothing else."""
 FLOOR_BYTES: Final = _FLOOR.size
 """Length of the floor's record."""
-FLOOR_TORN: Final = 1 << 62
-"""The floor of a slab whose record is damaged: above all that was written before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +128,10 @@ def encode_floor(written: int) -> bytes:
     return _FLOOR.pack(written, crc32(written.to_bytes(8, "little")))
 
 
-def decode_floor(record: bytes) -> int:
-    """Return the write counter that `record` says, FLOOR_TORN if it is damaged."""
+def decode_floor(record: bytes) -> int | None:
+    """Return the write counter that `record` says, None if it is damaged."""
     if len(record) != FLOOR_BYTES:
-        return FLOOR_TORN
+        return None
     written: int
     written, crc = _FLOOR.unpack(record)
-    whole = crc == crc32(record[:8]) and written <= COUNTER_MAX
-    return written if whole else FLOOR_TORN
+    return written if crc == crc32(record[:8]) and written <= COUNTER_MAX else None

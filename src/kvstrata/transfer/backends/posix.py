@@ -96,7 +96,7 @@ def _move_piece(piece: Piece, memory: MemoryRegion, place: int, *, write: bool) 
                 f"file ended {length - done} bytes early at {offset + done}", retryable=False
             )
         done += moved
-    health.succeeded()
+    health.succeeded(write=write)
 
 
 def _check_range(memory: memoryview, offset: int, length: int) -> None:
