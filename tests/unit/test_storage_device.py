@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.core.config import parse_tiers
+from kvstrata.core.config import NodeConfig, parse_tiers
 from kvstrata.core.errors import ConfigError, LayoutError
 from kvstrata.core.ids import SequenceHash, SlotId
 from kvstrata.layout import BlockLayout, Dimension
@@ -149,11 +149,9 @@ def test_half_made_is_made_again(device):
     slab.close()
 
 
-def test_a_device_has_no_place_for_the_secret(device, tmp_path, monkeypatch):
-    from kvstrata.core.config import NodeConfig
-
+def test_a_device_has_no_place_for_the_secret(device, tmp_path):
     alone = NodeConfig(parse_tiers(f"host:1MiB,disk:{device}:4MiB"))
-    with pytest.raises(ConfigError, match="secret_file: device .* holds no files") as caught:
+    with pytest.raises(ConfigError, match=r"secret_file: device .* holds no files") as caught:
         load_secret(alone)
     assert "head -c 32 /dev/urandom" in caught.value.hint
     both = NodeConfig(parse_tiers(f"host:1MiB,disk:{device}|{tmp_path}/d:4MiB"))

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
-import time
 
 import pytest
 
-from kvstrata.core.config import NodeConfig, TierConfig, parse_tiers
+from kvstrata.core.config import TierConfig, parse_tiers
 from kvstrata.core.errors import ConfigError
-from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId
+from kvstrata.core.ids import SequenceHash, SlotId
 from kvstrata.core.tier import DISK, HOST, Admission, TierKind
 from kvstrata.layout import BlockLayout, Dimension
-from kvstrata.runtime.node import Node
 from kvstrata.storage.base import PAGE_BYTES, StoredBlock
 from kvstrata.storage.entry import ENTRY_BYTES, encode_entry
 from kvstrata.storage.footing import SLAB_NAME
@@ -180,7 +177,7 @@ class TestRecovery:
         assert [each.slot for each in open_stripe().recover()] == [0, 2, 3, 5]
 
     def test_one_place_that_cannot_be_opened_refuses_all_and_keeps_none_open(
-        self, open_stripe, places, tmp_path
+        self, open_stripe, places
     ):
         other = BlockLayout((Dimension("byte", 5),), "int8", 8, "test")
         Slab.open(places[2], CAPACITY // 3, other).close()
@@ -193,73 +190,9 @@ def key(number):
     return SequenceHash(number.to_bytes(16, "big"))
 
 
-class World:
-    """A node over a stripe, driven by hand."""
-
-    def __init__(self, places, host_bytes=1 << 20):
-        tiers = (
-            TierConfig(TierKind.HOST, host_bytes),
-            TierConfig(TierKind.DISK, CAPACITY, "|".join(map(str, places))),
-        )
-        self.news = threading.Event()
-        self.node = Node(NodeConfig(tiers), LAYOUT, self.news.set)
-        self.requests = 0
-
-    @property
-    def counters(self):
-        return self.node.manager.counters
-
-    @property
-    def disk(self):
-        return self.node.statistics()["tiers"]["disk"]
-
-    def work(self):
-        deadline = time.monotonic() + 20
-        while self.node.manager.pending:
-            self.step()
-            assert time.monotonic() < deadline
-        self.node.work(time.monotonic())
-
-    def step(self):
-        self.node.work(time.monotonic())
-        self.news.wait(0.02)
-        self.news.clear()
-
-    def holder(self):
-        self.requests += 1
-        return Holder(SessionId(1), str(self.requests))
-
-    def payload(self, number):
-        return (number.to_bytes(8, "big") * 750)[:6000]
-
-    def store(self, number):
-        manager, holder = self.node.manager, self.holder()
-        answer = manager.reserve(holder, None, [key(number)], now=time.monotonic())
-        for slot in answer.slots:
-            self.node.arena.slot(slot)[:] = self.payload(number)
-        manager.seal(holder, answer.slots)
-        manager.release(holder)
-        self.work()
-
-    def load(self, number):
-        """Return whether the block is found; what is found must be right."""
-        manager, holder = self.node.manager, self.holder()
-        found = manager.lookup(holder, [key(number)], time.monotonic())
-        while found.pending:
-            self.step()
-            found = manager.lookup(holder, [key(number)], time.monotonic())
-        answer = manager.acquire(holder, [key(number)], time.monotonic())
-        for slot in answer.slots:
-            assert bytes(self.node.arena.slot(slot)) == self.payload(number)
-        manager.release(holder)
-        return answer.blocks == 1
-
-
 @pytest.fixture
-def world(places):
-    made = World(places)
-    yield made
-    made.node.close()
+def world(places, disk_world):
+    return disk_world(places, CAPACITY)
 
 
 def break_device(stripe, member):
@@ -333,19 +266,15 @@ class TestFailingDevice:
         assert not health.failed
         assert health.write_errors == 12
 
-    def test_real_errors_of_a_loop_device(self, tmp_path, loop_device):
+    def test_real_errors_of_a_loop_device(self, tmp_path, loop_device, disk_world):
         devices = [loop_device(CAPACITY // 3) for _ in range(3)]
-        world = World(devices)
-        try:
-            for number in range(1, 31):
-                world.store(number)
-            os.truncate(tmp_path / "loop-2.img", 0)  # reads behind its end are EIO
-            world.node.clear([HOST])
-            found = sum(world.load(number) for number in range(1, 31))
-            assert found == 20
-            assert [each["failed"] for each in world.disk["devices"]] == [False, False, True]
-            assert world.disk["devices"][2]["read_errors"] == 3
-            assert world.counters.read_failed_blocks == 3
-            assert world.counters.lost_blocks == 7
-        finally:
-            world.node.close()
+        world = disk_world(devices, CAPACITY)
+        for number in range(1, 31):
+            world.store(number)
+        os.truncate(tmp_path / "loop-2.img", 0)  # reads behind its end are EIO
+        world.node.clear([HOST])
+        assert sum(world.load(number) for number in range(1, 31)) == 20
+        assert [each["failed"] for each in world.disk["devices"]] == [False, False, True]
+        assert world.disk["devices"][2]["read_errors"] == 3
+        assert world.counters.read_failed_blocks == 3
+        assert world.counters.lost_blocks == 7

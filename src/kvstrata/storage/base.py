@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import threading
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
@@ -52,26 +52,28 @@ class MemoryRegion:
 class Health:
     """How often a file or device failed, and whether it is to be left alone.
 
-    Written by the threads that move bytes, read by everyone; one lock. Reads and writes are judged
-    apart: a write into the page cache succeeds on any device. What a full or read-only file system
-    refuses is counted and says nothing about the bytes that it keeps.
+    Written by the threads that move bytes, under `lock`, and read by everyone. Reads and writes are
+    judged apart: a write into the page cache succeeds on any device. What a full or read-only file
+    system refuses is counted and says nothing about the bytes that it keeps.
     """
 
     FAILURES_MAX: Final = 3
     """Failed reads, or writes, without a good one between them, after which it is left alone."""
     _REFUSALS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
-    def __init__(self) -> None:
+    def __init__(self, lock: AbstractContextManager[object] | None = None) -> None:
         self.read_errors = 0
         """Reads that failed."""
         self.write_errors = 0
         """Writes that failed."""
+        self.direct_refusals = 0
+        """Moves that had to go through the page cache after all."""
         self.failed = False
         """Whether it failed so often that nothing is read from or written to it any more."""
         self.reason = ""
         """The last failure, for people."""
         self._in_a_row = [0, 0]  # reads, writes
-        self._lock = threading.Lock()
+        self._lock = lock or nullcontext()
 
     def succeeded(self, *, write: bool) -> None:
         """Take note that a read or a write moved its bytes."""

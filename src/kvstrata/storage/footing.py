@@ -14,12 +14,13 @@ import fcntl
 import mmap
 import os
 import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from kvstrata.core.errors import ConfigError, LayoutError
-from kvstrata.storage.base import PAGE_BYTES, FileRegion
+from kvstrata.storage.base import PAGE_BYTES, FileRegion, Health
 from kvstrata.storage.superblock import Superblock, is_marked
 
 __all__ = [
@@ -112,7 +113,7 @@ def open_footing(place: str, wanted: Superblock, capacity_bytes: int) -> Footing
         wanted.check(page, str(path), capacity_bytes)
         wanted.check_length(_length(descriptor), str(path))
         direct, why = _open_direct(descriptor, wanted.index_end)
-        return Footing(path, FileRegion(descriptor, direct), why)
+        return Footing(path, FileRegion(descriptor, direct, Health(threading.Lock())), why)
     except BaseException:
         os.close(descriptor)
         if direct >= 0:

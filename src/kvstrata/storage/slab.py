@@ -188,6 +188,7 @@ class Slab:
                 "torn_floor": self.torn_floor,
                 "read_errors": health.read_errors,
                 "write_errors": health.write_errors,
+                "direct_refusals": health.direct_refusals,
                 "failed": health.failed,
                 "last_error": health.reason,
             }

@@ -6,6 +6,7 @@ cache; everything else, index lines above all, goes through it. docs/adr/0009 sa
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 
@@ -77,18 +78,19 @@ def _move_piece(piece: Piece, memory: MemoryRegion, place: int, *, write: bool) 
         raise TransferError(f"left alone after {health.reason}", retryable=False)
     call = os.pwritev if write else os.preadv
     done = 0
+    may_be_direct = region.direct >= 0 and memory.page_aligned
     while done < length:
         descriptor = region.descriptor
-        if (
-            region.direct >= 0
-            and memory.page_aligned
-            and not ((place + done) | (offset + done) | (length - done)) % PAGE_BYTES
-        ):
+        if may_be_direct and not ((place + done) | (offset + done) | (length - done)) % PAGE_BYTES:
             descriptor = region.direct
         part = memory.view[place + done : place + length]
         try:
             moved = call(descriptor, [part], offset + done)
         except OSError as error:
+            if error.errno == errno.EINVAL and descriptor == region.direct:
+                may_be_direct = False  # cut to a part of a page by some limit, or not allowed here
+                health.direct_refusals += 1
+                continue
             health.failed_to(error, write=write)
             raise
         if not moved:
