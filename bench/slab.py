@@ -5,14 +5,22 @@
 Ours is the daemon's own path: jobs of 16 blocks through the executor, seals computed before each
 write and after each read, index lines included. The limit is fio with libaio and O_DIRECT, blocks
 of the same size in random order, as many in flight as ours has threads, on a file of the same
-length beside it. Both files are written once before the clock starts. Ours and the limit take
-turns; the numbers are medians, the ratio is one median over the other.
+length beside it. Both files are written once before the clock starts. All sides take turns; the
+numbers are medians, the ratio is one median over the other.
+
+`bare` is as many threads that only call preadv or pwritev between the same slots, without seals,
+index or executor: fio moves everything through a few buffers that stay in the caches, a tier moves
+each block to a place of its own. What is between bare and limit no tier can win back.
+
+Last, how long it takes to find a million blocks of a slab again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import random
 import shutil
 import statistics
@@ -23,17 +31,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import DISK
 from kvstrata.layout import BlockLayout, Dimension
+from kvstrata.manager import LowerTier, Manager
+from kvstrata.policy import make_policy
+from kvstrata.pool import Pool
 from kvstrata.storage.arena import Arena
-from kvstrata.storage.base import PAGE_BYTES
-from kvstrata.storage.entry import ENTRY_BYTES
+from kvstrata.storage.base import PAGE_BYTES, StoredBlock
+from kvstrata.storage.entry import ENTRY_BYTES, encode_entry
 from kvstrata.storage.seal import seal
-from kvstrata.storage.slab import Slab
+from kvstrata.storage.slab import Slab, without_collector
 from kvstrata.transfer.base import Job, ReadJob, WriteJob
 from kvstrata.transfer.executor import Executor
 
@@ -113,6 +125,27 @@ class Ours:
             )
         )
 
+    def bare(self, way: str) -> float:
+        """Move every block by plain system calls; return bytes per second."""
+        region, grid = self.slab.region, self.slab.grid
+        descriptor = region.direct if region.direct >= 0 else region.descriptor
+        call = os.pwritev if way == "write" else os.preadv
+        turns = itertools.count()
+
+        def work() -> None:
+            while (slot := next(turns)) < self._setup.blocks:
+                target = self._targets[slot]
+                moved = call(descriptor, [self._arena.slot(slot)], grid.offset(target))
+                assert moved == grid.block_bytes, "a short transfer"
+
+        threads = [threading.Thread(target=work) for _ in range(self._setup.threads)]
+        began = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return self._setup.total_bytes / (time.perf_counter() - began)
+
     def close(self) -> None:
         """Give everything back."""
         self._executor.close()
@@ -159,7 +192,7 @@ class Fio:
         setup = self._setup
         done = subprocess.run(
             [
-                "fio",
+                str(shutil.which("fio")),
                 "--name=limit",
                 f"--filename={setup.directory / 'fio.bin'}",
                 f"--size={setup.blocks * setup.block_bytes}",
@@ -186,34 +219,63 @@ def measure(setup: Setup, rounds: int) -> list[dict[str, object]]:
         io = ours.slab.statistics()[0]["io"]
         ours.write()
         ours.read()
-        sides: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
-            "slab write": (ours.write, lambda: limit.run("write")),
-            "slab read": (ours.read, lambda: limit.run("read")),
+        sides: dict[str, list[Callable[[], float]]] = {
+            way: [own, partial(limit.run, way), partial(ours.bare, way)]
+            for way, own in (("write", ours.write), ("read", ours.read))
         }
-        found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sides}
+        found: dict[str, list[list[float]]] = {way: [[], [], []] for way in sides}
         for turn in range(rounds):
-            for name, pair in sides.items():
-                for side in (0, 1) if turn % 2 else (1, 0):
-                    found[name][side].append(pair[side]())
+            for way, calls in sides.items():
+                for side in ((turn + place) % 3 for place in range(3)):
+                    found[way][side].append(calls[side]())
     finally:
         ours.close()
     lines: list[dict[str, object]] = []
-    for name, (mine, theirs) in found.items():
-        here, there = statistics.median(mine), statistics.median(theirs)
-        spread = max(max(each) / min(each) for each in (mine, theirs))
+    for way, samples in found.items():
+        here, there, bare = map(statistics.median, samples)
+        spread = max(max(each) / min(each) for each in samples)
         lines.append(
             {
-                "name": name,
+                "name": f"slab {way}",
                 "block_bytes": setup.block_bytes,
                 "ours": here / 1e9,
                 "limit": there / 1e9,
                 "ratio": here / there,
+                "bare": bare / 1e9,
                 "unit": "GB/s",
                 "io": io,
                 "spread": spread,
             }
         )
     return lines
+
+
+def recovery(directory: Path, blocks: int) -> dict[str, object]:
+    """Return how long a slab's index of `blocks` lines takes to become a pool that finds them."""
+    layout = BlockLayout((Dimension("byte", 64),), "int8", 8, "bench")
+    capacity = blocks * (PAGE_BYTES + ENTRY_BYTES) + 3 * PAGE_BYTES
+    slab = Slab.open(str(directory), capacity, layout)
+    luck, lines, parent = random.Random(2), [], None
+    for slot in range(blocks):
+        key = SequenceHash(luck.randbytes(16))
+        block = StoredBlock(SlotId(slot), key, parent if slot % 64 else None, bytes(16), slot + 1)
+        lines.append(encode_entry(block, 64))
+        parent = key
+    os.pwrite(slab.region.descriptor, b"".join(lines), slab.entry_offset(0))
+    slab.close()
+    began, cpu = time.perf_counter(), time.process_time()
+    slab = Slab.open(str(directory), capacity, layout)
+    with without_collector():
+        found = slab.recover()
+        read_s = time.perf_counter() - began
+        tier = LowerTier(DISK, Pool(slab.grid.slots, make_policy("lru")))
+        manager = Manager(Pool(1, make_policy("lru")), [tier], Limits())
+        manager.recover(found, slab.floor)
+    seconds = time.perf_counter() - began
+    cpu_s = time.process_time() - cpu
+    assert manager.counters.recovered_blocks == blocks, "blocks were lost"
+    slab.close()
+    return {"blocks": blocks, "index_s": read_s, "seconds": seconds, "cpu_s": cpu_s, "limit_s": 5.0}
 
 
 def main() -> int:
@@ -232,18 +294,23 @@ def main() -> int:
         return 2
     total, rounds = (32 * MIB, 2) if chosen.quick else (256 * MIB, chosen.rounds)
     paths: list[dict[str, object]] = []
-    print(f"{'path':12}{'block':>8}{'ours':>10}{'limit':>10}{'ratio':>8}{'spread':>8}")
+    print(f"{'path':12}{'block':>8}{'ours':>10}{'limit':>10}{'ratio':>8}{'bare':>8}{'spread':>8}")
     for size in SIZES:
         with tempfile.TemporaryDirectory(dir=chosen.directory) as folder:
             for line in measure(Setup(Path(folder), size, total, chosen.threads), rounds):
                 paths.append(line)
                 print(
                     f"{line['name']:12}{size >> 10:>5}KiB{line['ours']:>10.2f}"
-                    f"{line['limit']:>10.2f}{line['ratio']:>8.2f}{line['spread']:>8.2f}",
+                    f"{line['limit']:>10.2f}{line['ratio']:>8.2f}{line['bare']:>8.2f}{line['spread']:>8.2f}",
                     flush=True,
                 )
+    with tempfile.TemporaryDirectory(dir=chosen.directory) as folder:
+        start = recovery(Path(folder), 10_000 if chosen.quick else 1_000_000)
+    print(f"recovery of {start['blocks']:,} blocks: {start['seconds']:.2f} s")
     if chosen.json:
-        chosen.json.write_text(json.dumps({"paths": paths}, indent=1) + "\n", encoding="utf-8")
+        chosen.json.write_text(
+            json.dumps({"paths": paths, "recovery": start}, indent=1) + "\n", encoding="utf-8"
+        )
     return 0
 
 

@@ -17,7 +17,7 @@ from kvstrata.manager.tenants import Tenants
 from kvstrata.pool import Pool
 from kvstrata.runtime.losing import Losing
 from kvstrata.storage.arena import Arena
-from kvstrata.storage.slab import Slab
+from kvstrata.storage.slab import Slab, without_collector
 from kvstrata.storage.stripe import Stripe, open_slab
 from kvstrata.transfer.base import Job
 from kvstrata.transfer.executor import Executor
@@ -75,8 +75,9 @@ class Node:
             self._make_costs(config.limits),
             bypass=config.host.bypass,
         )
-        for name, slab in self._slabs.items():
-            manager.recover(slab.recover(), slab.floor, name)
+        with without_collector():
+            for name, slab in self._slabs.items():
+                manager.recover(slab.recover(), slab.floor, name)
         return manager
 
     def _make_costs(self, limits: Limits) -> Costs | None:

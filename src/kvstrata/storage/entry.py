@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Final
 from zlib import crc32
 
@@ -34,6 +35,7 @@ _CRC: Final = struct.Struct("<I")
 _MAGIC: Final = b"KVSENTR1"
 _HAS_PARENT: Final = 1
 _PADDING: Final = bytes(ENTRY_BYTES - _BODY.size - _CRC.size)
+_MAKE: Final = partial(tuple.__new__, StoredBlock)  # what `_make` does, without a call in between
 _LINE: Final = np.dtype(
     [
         ("magic", "<u8"), ("written", "<u8"), ("key", "V16"), ("parent", "V16"), ("seal", "V16"),
@@ -115,7 +117,7 @@ def decode_entries(
         _column(chosen["owner"]),
         strict=True,
     )
-    return list(map(StoredBlock._make, rows)), torn
+    return list(map(_MAKE, rows)), torn
 
 
 def _column(values: NDArray[Any]) -> list[bytes]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvstrata.core.errors import ConfigError
-from kvstrata.core.ids import SlotId
+from kvstrata.core.ids import SequenceHash, SlotId
 from kvstrata.layout import BlockLayout
 from kvstrata.storage.base import PAGE_BYTES, FileRegion, SlotGrid, StoredBlock, align
 from kvstrata.storage.entry import ENTRY_BYTES, decode_entries
@@ -220,7 +220,8 @@ def without_collector() -> Iterator[None]:
 def newest(blocks: list[StoredBlock]) -> list[StoredBlock]:
     """Return `blocks` oldest first, and of those with one key only the one written last."""
     blocks.sort(key=attrgetter("written"))
-    latest: dict[bytes, SlotId] = {block.key: block.slot for block in blocks}
+    keys, slots = map(attrgetter("key"), blocks), map(attrgetter("slot"), blocks)
+    latest: dict[SequenceHash, SlotId] = dict(zip(keys, slots, strict=True))
     if len(latest) == len(blocks):
         return blocks
     return [block for block in blocks if latest[block.key] == block.slot]
