@@ -257,3 +257,7 @@ def test_a_shadow_hits_what_the_pool_hits(name, references, capacity) -> None:
         name, references, capacity
     )
     assert (shadow.uses, shadow.hits) == (len(references), sum(play(name, references, capacity)))
+
+
+def test_a_block_used_twice_outlives_a_newer_one_used_once() -> None:
+    assert play("lru2", [1, 1, 2, 3, 1], 2) == [False, True, False, False, True]

@@ -85,6 +85,14 @@ def disk(directory: str, admission: Admission = Admission.WRITE_THROUGH) -> Tier
     return TierConfig(TierKind.DISK, 20 * GIB, directory, admission)
 
 
+def shared(directory: str, **more) -> TierConfig:
+    return TierConfig(TierKind.SHARED, 20 * GIB, directory, **more)
+
+
+def stored(url: str, **more) -> TierConfig:
+    return TierConfig(TierKind.OBJECT, 20 * GIB, url=url, **more)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -101,6 +109,26 @@ def disk(directory: str, admission: Admission = Admission.WRITE_THROUGH) -> Tier
         ("host:2GiB,disk:/a:20GiB:write-through", (HOST, disk("/a"))),
         ("host:2GiB:bypass,disk:/a:20GiB", (replace(HOST, bypass=True), disk("/a"))),
         ("disk:/var/kv:20GiB", (BYPASSED, disk("/var/kv"))),
+        ("host:2GiB,shared:/nfs/k:v:20GiB", (HOST, shared("/nfs/k:v"))),
+        ("host:2GiB,shared:/n:20GiB:zstd", (HOST, shared("/n", codec="zstd"))),
+        (
+            "host:2GiB,shared:/n:20GiB:fp8+zstd:on-evict",
+            (HOST, shared("/n", codec="fp8+zstd", admission=Admission.ON_EVICT)),
+        ),
+        ("host:2GiB,object:s3://b:20GiB", (HOST, stored("s3://b"))),
+        (
+            "host:2GiB,object:s3://b/p?endpoint=http://[::1]:9000&region=x:20GiB:frequency",
+            (
+                HOST,
+                stored(
+                    "s3://b/p?endpoint=http://[::1]:9000&region=x", admission=Admission.FREQUENCY
+                ),
+            ),
+        ),
+        (
+            "object:az://c?endpoint=http://h:1:20GiB:zstd+aes,disk:/a:20GiB",
+            (BYPASSED, stored("az://c?endpoint=http://h:1", codec="zstd+aes"), disk("/a")),
+        ),
     ],
 )
 def test_tiers(text, expected) -> None:
@@ -135,6 +163,13 @@ def test_tiers(text, expected) -> None:
         ("host:2GiB,disk:/var/kv:", "tiers.disk: ''"),
         ("host:2GiB,disk:/var/kv:lots", "tiers.disk: 'lots'"),
         ("host:2GiB,disk", "tiers.disk: 'disk'"),
+        ("host:2GiB,disk:/a:1GiB:zstd", "tiers.disk: 'zstd'"),
+        ("host:2GiB,shared:1GiB", "tiers.shared: 'shared:1GiB' names no directory"),
+        ("host:2GiB,shared:/a:1GiB:zstd:aes", "tiers.shared: 'aes'"),
+        ("host:2GiB,shared:/a:ten", "tiers.shared: 'ten'"),
+        ("host:2GiB,object:1GiB", "tiers.object: 'object:1GiB' names no URL"),
+        ("host:2GiB,object:s3://b:lots", "tiers.object: 'lots'"),
+        ("host:2GiB,object:s3://b:1GiB,object:s3://b:1GiB", "tiers: two tiers"),
     ],
 )
 def test_tiers_refused(text, field) -> None:

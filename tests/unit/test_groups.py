@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId
 from kvstrata.core.tier import DISK, HOST
-from kvstrata.manager import LowerTier, Manager
+from kvstrata.manager import Costs, EngineSpeed, LowerTier, Manager
 from kvstrata.manager.groups import Chain, longest, split
 from kvstrata.policy import LruPolicy
 from kvstrata.pool import Pool
@@ -77,7 +77,8 @@ class Hybrid:
         self.host = Pool(32, LruPolicy())
         self.disk = Pool(disk, LruPolicy()) if disk else None
         lower = [LowerTier(DISK, self.disk)] if self.disk else []
-        self.manager = Manager(self.host, lower, Limits(staging_timeout_s=5.0))
+        limits = Limits(staging_timeout_s=5.0)
+        self.manager = Manager(self.host, lower, limits, costs=Costs(64, 1 << 20))
         self.now, self.turn = 0.0, 0
         self.reads: list[SequenceHash] = []
 
@@ -174,3 +175,19 @@ def test_keys_of_unequal_groups_change_nothing() -> None:
     with pytest.raises(ValueError, match="hashes"):
         node.manager.lookup(node.holder(), node.all_keys()[:-1], 0.0, node.windows)
     assert (node.manager.counters.lookups, node.manager.holds) == (before, 0)
+
+
+@pytest.mark.parametrize(("lost", "ready"), [([], 2), (keys(2, 1), 1)])
+def test_a_hit_is_cut_to_what_every_group_has_without_the_slow_tier(lost, ready) -> None:
+    node = Hybrid(disk=32)
+    node.store()
+    node.host.withdraw(keys(0, 2, 3) + lost)
+    node.disk.withdraw(lost)
+    costs = node.manager._state.costs
+    for number in range(8):  # a disk that takes a second for a block
+        costs.note_read(-number, "disk", 1, float(number))
+        costs.note_done(-number, number + 1.0)
+    engine = EngineSpeed(10_000.0, 0.0)
+    answer = node.manager.lookup(node.holder(), node.all_keys(), 9.0, node.windows, engine)
+    assert (answer.ready, answer.pending) == (ready, 0)
+    assert answer.why.startswith("too slow to be worth it: 2 blocks of disk") == (not lost)

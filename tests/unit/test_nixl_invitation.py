@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvstrata.core.errors import ConfigError, TransferError
@@ -56,6 +56,7 @@ def test_a_cut_and_an_addition_are_refused(place, more):
 
 
 @given(st.binary(max_size=300))
+@example(b"\x93\xa8\x00\x00\x00\x00\x00\x00\x00\x80")  # a name that is no text
 def test_a_body_that_was_signed_and_is_none_is_refused(body):
     """Whoever holds the secret may still be another program."""
     from kvstrata.transfer.backends.nixl import invitation

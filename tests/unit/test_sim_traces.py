@@ -344,3 +344,10 @@ def test_a_bad_batch_is_named(tmp_path, second, words) -> None:
 def test_a_recording_without_stored_blocks_is_refused(tmp_path) -> None:
     with pytest.raises(TraceError, match="no blocks were stored"):
         open_trace(write(tmp_path, [1.0, [{"type": "AllBlocksCleared"}]]))
+
+
+def test_a_line_nested_beyond_reason_is_refused(tmp_path) -> None:
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"timestamp": 1, "tokens": ' + "[" * 100_000 + "\n")
+    with pytest.raises(TraceError, match=r"deep\.jsonl, line 1"):
+        list(open_trace(path, "tokens"))

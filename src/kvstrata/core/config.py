@@ -15,6 +15,7 @@ from kvstrata.core.tier import Admission, TierKind, TierName
 __all__ = [
     "BLOCK_TOKENS_DEFAULT",
     "BYPASS_BYTES",
+    "NO_CODEC",
     "PLACE_SEPARATOR",
     "Limits",
     "NodeConfig",
@@ -27,6 +28,8 @@ __all__ = [
 
 BLOCK_TOKENS_DEFAULT: Final = 64
 """Tokens in one block, and the hash granularity that engines must share to share blocks."""
+NO_CODEC: Final = "none"
+"""The codec chain of a tier whose blocks are stored as they are."""
 BYPASS_BYTES: Final = 256 << 20
 """Size of a host tier that nobody asked for, where blocks wait on their way to lower tiers."""
 
@@ -39,6 +42,13 @@ _UNITS: Final = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_CODEC: Final = re.compile(r"[a-z][a-z0-9_.+-]*")
+_EXAMPLES: Final = {
+    TierKind.DISK: "disk:DIRECTORY:SIZE, for example disk:/var/kv:20GiB, or for several "
+    "disk:/nvme0/kv|/nvme1/kv:4TiB",
+    TierKind.SHARED: "shared:DIRECTORY:SIZE, for example shared:/nfs/kv:1TiB",
+    TierKind.OBJECT: "object:URL:SIZE, for example object:s3://BUCKET/PREFIX:1TiB",
+}
 _SIZE_BYTES_MAX: Final = 1 << 50  # 1 PiB: larger is a typing error, and would overflow file offsets
 
 
@@ -51,17 +61,27 @@ class TierConfig:
     capacity_bytes: int
     """Upper bound of the bytes that the tier may take, its own bookkeeping included."""
     directory: str | None = None
-    """Directories and block devices of a disk tier, `|` between them; None for the host tier."""
+    """Directories and block devices of a disk tier, `|` between them; directory of a shared tier's
+    files; None for the others."""
     admission: Admission = Admission.WRITE_THROUGH
     """Which blocks of the tier above enter it; means nothing for the host tier."""
     bypass: bool = False
     """For the host tier: it is only where blocks wait on their way between engine and the tier
     below, and keeps each from eviction until it is written there."""
+    url: str | None = None
+    """Where an object tier is (`storage/location.py`); None for the others."""
+    codec: str = NO_CODEC
+    """For a shared or an object tier: what its blocks are written with, as `zstd+aes`."""
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Where a disk tier's bytes are: one directory or device, or several to stripe over."""
-        return tuple(self.directory.split(PLACE_SEPARATOR)) if self.directory else ()
+        """Where a disk tier's bytes are: one directory or device, or several to stripe over.
+
+        Empty for every other tier.
+        """
+        if self.kind is not TierKind.DISK or self.directory is None:
+            return ()
+        return tuple(self.directory.split(PLACE_SEPARATOR))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +119,21 @@ class Limits:
     """How long a tier that is too slow is left alone before a few blocks are read to see again."""
     transfer_threads: int = 8
     """Threads that move bytes to and from disk: as many operations are under way at once."""
+    keyed_threads: int = 16
+    """Threads for each shared or object tier: as many requests are under way at once."""
+    object_timeout_s: float = 10.0
+    """Longest time for one call to an object store, with all that is sent again."""
+    rest_s: float = 5.0
+    """How long a shared or object tier that failed, or was too late, is not asked for blocks."""
+    probe_blocks_max: int = 32
+    """Blocks for which a shared or object tier is asked at first when a lookup would miss; twice as
+    many each time they are all there. 0 asks for nothing that this daemon does not know of."""
+    probe_timeout_s: float = 0.5
+    """How long a request waits for such an answer, which counts as staging."""
+    probe_again_s: float = 10.0
+    """How long a block that was not there is not asked for again."""
+    delete_retry_s: float = 5.0
+    """Time until what a shared or object tier could not delete is tried again."""
     checksum_threads: int = 1
     """Threads that compute block checksums."""
     drain_timeout_s: float = 2.0
@@ -172,7 +207,9 @@ def parse_tiers(text: str) -> tuple[TierConfig, ...]:
     """Return the tiers of `[host:SIZE[:bypass],]disk:PLACES:SIZE[:ADMISSION],...`, host first.
 
     Places are directories or block devices, `|` between them; over several the tier is striped.
-    A list that begins below the host gets a host of `BYPASS_BYTES` that is bypassed. Raises
+    Besides `disk` there are `shared:DIRECTORY:SIZE` and `object:URL:SIZE`, both with a codec chain
+    behind the size if wanted. A list that begins below the host gets a host of `BYPASS_BYTES` that
+    is bypassed. Raises
     ConfigError for an unknown, repeated, missing or misplaced tier, and for a bad size.
     """
     found = [_parse_tier(part.strip()) for part in text.split(",") if part.strip()]
@@ -184,11 +221,11 @@ def parse_tiers(text: str) -> tuple[TierConfig, ...]:
         )
     if found[0].kind is not TierKind.HOST:
         found.insert(0, TierConfig(TierKind.HOST, BYPASS_BYTES, bypass=True))
-    places = [place for tier in found for place in tier.places]
-    if twice := [place for place in places if places.count(place) > 1]:
+    places = [place for tier in found for place in (tier.places or (tier.directory or tier.url,))]
+    if twice := [place for place in places if place and places.count(place) > 1]:
         raise ConfigError(
             f"tiers: two tiers would keep their files in {twice[0]!r}",
-            hint="give each disk tier a directory of its own, and name each once",
+            hint="give each tier a directory or URL of its own, and name each once",
         )
     if found[0].bypass and (len(found) == 1 or found[1].admission is not Admission.WRITE_THROUGH):
         raise ConfigError(
@@ -204,21 +241,32 @@ def _parse_tier(text: str) -> TierConfig:
         size = rest.removesuffix(":bypass")
         capacity = parse_bytes(size, field="tiers.host")
         return TierConfig(TierKind.HOST, capacity, bypass=size != rest)
-    if name == TierKind.DISK.value:
-        rest, admission = _split_admission(rest)
-        directory, _, size = rest.rpartition(":")
-        if not all(place.strip() for place in directory.split(PLACE_SEPARATOR)):
-            raise ConfigError(
-                f"tiers.disk: {text!r} names no directory",
-                hint="write disk:DIRECTORY:SIZE, for example disk:/var/kv:20GiB, or "
-                "disk:/nvme0/kv|/nvme1/kv:4TiB for several",
-            )
-        capacity = parse_bytes(size, field="tiers.disk")
-        return TierConfig(TierKind.DISK, capacity, directory, admission)
+    if name in {kind.value for kind in _EXAMPLES}:
+        return _parse_lower(TierKind(name), text, rest)
     raise ConfigError(
         f"tiers: unknown tier {name!r}",
-        hint="known tiers are host and disk: host:2GiB,disk:/var/kv:20GiB",
+        hint="known tiers are host, disk, shared and object: host:2GiB,disk:/var/kv:20GiB",
     )
+
+
+def _parse_lower(kind: TierKind, text: str, rest: str) -> TierConfig:
+    """Return a tier below the host; its place may have colons in it, so it is read from the end."""
+    rest, admission = _split_admission(rest)
+    place, _, size = rest.rpartition(":")
+    codec = NO_CODEC
+    if kind.keyed and _CODEC.fullmatch(size) and _SIZE.fullmatch(place.rpartition(":")[2]):
+        codec = size
+        place, _, size = place.rpartition(":")
+    places = place.split(PLACE_SEPARATOR) if kind is TierKind.DISK else [place]
+    if not all(each.strip() for each in places):
+        what = "URL" if kind is TierKind.OBJECT else "directory"
+        raise ConfigError(
+            f"tiers.{kind.value}: {text!r} names no {what}", hint=f"write {_EXAMPLES[kind]}"
+        )
+    capacity = parse_bytes(size, field=f"tiers.{kind.value}")
+    if kind is TierKind.OBJECT:
+        return TierConfig(kind, capacity, admission=admission, url=place, codec=codec)
+    return TierConfig(kind, capacity, place, admission, codec=codec)
 
 
 def _split_admission(text: str) -> tuple[str, Admission]:

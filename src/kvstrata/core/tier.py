@@ -23,6 +23,15 @@ class TierKind(Enum):
     """Shared memory."""
     DISK = "disk"
     """Preallocated files in directories, or whole block devices."""
+    SHARED = "shared"
+    """A directory of files, one a block, that several daemons may share."""
+    OBJECT = "object"
+    """A bucket of objects, one a block, that several daemons may share."""
+
+    @property
+    def keyed(self) -> bool:
+        """Whether blocks lie under names made from their keys, and not in slots."""
+        return self in {TierKind.SHARED, TierKind.OBJECT}
 
 
 class Admission(Enum):

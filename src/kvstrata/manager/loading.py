@@ -16,6 +16,7 @@ from kvstrata.manager.decision import Decision, Limit, Run
 from kvstrata.manager.explain import Gauges
 from kvstrata.manager.groups import Chain, longest
 from kvstrata.manager.onboard import Onboarding
+from kvstrata.manager.probing import Probing, Unknown
 from kvstrata.manager.state import BrainState
 from kvstrata.manager.storing import Storing
 from kvstrata.pool import Pin
@@ -80,6 +81,8 @@ class _Hold:
     throttled: set[SequenceHash] = field(default_factory=set)
     decision: Decision | None = None  # made once, so that it does not flip while queues move
     cut: int | None = None  # blocks that are worth loading, None for all
+    probe: int = 0  # blocks to ask other daemons' tiers for, 0 before the first question
+    probed: int = 0  # where the last question began
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +101,13 @@ class Loading:
         state: BrainState,
         onboarding: Onboarding,
         storing: Storing,
+        probing: Probing,
         gauges: Gauges | None,
         block_tokens: int = 0,
     ) -> None:
         """`block_tokens` is how long prompts are for the cost model."""
         self._state, self._onboarding, self._storing = state, onboarding, storing
+        self._probing = probing
         self._gauges, self._block_tokens = gauges, block_tokens
         self._holds: dict[Holder, _Hold] = {}
 
@@ -121,11 +126,15 @@ class Loading:
             pairs = zip(chain.hashes, slots, strict=True)
             self._pin(hold, [(key, slot) for key, slot in pairs if slot is not None])
         reach = self._reach(chains, found)
+        if hold.decision is None and self._probe(hold, chains, reach):
+            ready, until = _ready(chains, found, reach), hold.staging_until
+            staged = self._count_staged(hold, _keys(chains, ready))
+            return LookupAnswer(ready, staged, 1, until, "pending")
         if state.costs and reach and engine.prefill_tokens_per_s and hold.decision is None:
             self._decide(holder, hold, chains, found, reach)
         if hold.cut is not None and reach > hold.cut:
             reach = self._reach(chains, found, hold.cut)
-        ready = min(_ready(chains, found), reach)
+        ready = _ready(chains, found, reach)
         staged = self._count_staged(hold, _keys(chains, ready))
         behind = self._behind(chains, found, reach, holder)
         late = hold.staging_until and now >= hold.staging_until
@@ -156,7 +165,8 @@ class Loading:
             keys = list(chains[0].hashes[: len(slots)])
             blocks = len(slots)
         else:
-            blocks = _ready(chains, [host.scan(chain.hashes) for chain in chains])
+            found = [host.scan(chain.hashes) for chain in chains]
+            blocks = _ready(chains, found, len(chains[0].hashes))
             keys = _keys(chains, blocks)
             slots = [slot for slot in host.scan(keys) if slot is not None]
         self._pin(hold, list(zip(keys, slots, strict=True)))
@@ -235,6 +245,27 @@ class Loading:
                 reach += 1
             whole.append(reach)
         return longest(whole, windowed)
+
+    def _probe(self, hold: _Hold, chains: Sequence[Chain], reach: int) -> bool:
+        """Ask keyed tiers for what would follow on `reach`; return whether to wait for answers."""
+        limits, now = self._state.limits, self._state.now
+        ends = reach == len(chains[0].hashes)
+        if not self._probing.useful or ends or (hold.staging_until and now >= hold.staging_until):
+            return False
+        hold.probe = hold.probe or limits.probe_blocks_max
+        if reach >= hold.probed + hold.probe:  # all that was asked for is there
+            hold.probe = min(2 * hold.probe, limits.job_blocks_max * 64)
+        unknown = [
+            Unknown(chain.hashes[place], chain.hashes[place - 1] if place else None)
+            for chain in chains
+            for place in range(reach, min(reach + hold.probe, len(chain.hashes)))
+            if not self._is_somewhere(chain.hashes[place])
+        ]
+        if not unknown or not self._probing.ask(unknown):
+            return False
+        hold.probed = reach
+        hold.staging_until = hold.staging_until or now + limits.staging_timeout_s
+        return True
 
     def _decide(
         self,
@@ -328,6 +359,8 @@ class Loading:
         below = self._state.below(key)
         if below is not None:
             return f"on {below.name}, no host slot free"
+        if resting := [tier.name for tier in self._state.lower if key in tier]:
+            return f"on {resting[0]}, which failed or was too slow a moment ago"
         if self._storing.is_coming(key):
             return "being stored"
         return self._state.departures.why(key, self._state.now)
@@ -349,8 +382,9 @@ class Loading:
         return counts
 
 
-def _ready(chains: Sequence[Chain], found: Sequence[_Slots]) -> int:
-    whole, windowed = [], []
+def _ready(chains: Sequence[Chain], found: Sequence[_Slots], most: int) -> int:
+    """Return the longest prefix, of up to `most` blocks, that all groups have in the host."""
+    whole, windowed = [most], []
     for chain, slots in zip(chains, found, strict=True):
         if chain.window:
             windowed.append((chain.window, [slot is not None for slot in slots]))

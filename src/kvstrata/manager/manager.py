@@ -19,9 +19,11 @@ from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId, TransferI
 from kvstrata.core.retention import BlockHint
 from kvstrata.core.tier import DISK, HOST, TierName
 from kvstrata.manager.costs import Costs
+from kvstrata.manager.deleting import Deleting
 from kvstrata.manager.explain import DEPARTURES_MAX, Departures, Gauges
 from kvstrata.manager.groups import WHOLE, split
 from kvstrata.manager.leasing import Leasing
+from kvstrata.manager.lineage import Found, adopt
 from kvstrata.manager.loading import (
     UNKNOWN,
     AcquireAnswer,
@@ -32,6 +34,7 @@ from kvstrata.manager.loading import (
 from kvstrata.manager.mismatch import FAMILIES_MAX, Families, sentence
 from kvstrata.manager.offload import Offloading
 from kvstrata.manager.onboard import Onboarding
+from kvstrata.manager.probing import Probing
 from kvstrata.manager.retaining import Retaining
 from kvstrata.manager.state import BrainState, Counters, LowerTier
 from kvstrata.manager.storing import Storing
@@ -88,18 +91,23 @@ class Manager:
             costs=costs,
             host_seals=[b""] * host.slots_total,
         )
-        self._onboarding = Onboarding(self._state)
-        self._retaining = Retaining(self._state, self._onboarding.erase)
-        self._offloading = Offloading(self._state, self._retaining, self._onboarding, bypass=bypass)
+        self._deleting = Deleting(self._state)
+        self._onboarding = Onboarding(self._state, self._deleting)
+        self._retaining = Retaining(self._state, self._onboarding.remove)
+        self._offloading = Offloading(
+            self._state, self._retaining, self._onboarding, self._deleting, bypass=bypass
+        )
         self._storing = Storing(self._state)
         self._leasing = Leasing(self._state)
         self._state.tenants.watch(dict(self._state.pools()))
         self._families = Families(min(max(slots, 1024), FAMILIES_MAX))
         self._gauges = Gauges(host.slots_total, policy) if policy else None
+        self._probing = Probing(self._state)
         self._loading = Loading(
             self._state,
             self._onboarding,
             self._storing,
+            self._probing,
             self._gauges,
             costs.block_tokens if costs else 0,
         )
@@ -313,20 +321,26 @@ class Manager:
         self._pass_time(now)
         self._loading.expire()
         self._offloading.pump()
+        self._deleting.pump()
         jobs = self._state.outbox[:]
         self._state.outbox.clear()
         return jobs
 
     def late(self, now: float) -> list[TransferId]:
-        """Give up reads past their deadline; return their ids so that the caller cancels them.
+        """Give up reads and questions past their deadline; return their ids, to be cancelled.
 
         Jobs that are completed after it ended at `now`.
         """
         self._state.now = now
-        return self._onboarding.give_up_late(now)
+        return self._onboarding.give_up_late(now) + self._probing.give_up_late(now)
 
     def complete(self, done: JobDone) -> None:
         """Take the single end of a job."""
+        if self._deleting.finish(done):
+            return
+        if (probed := self._probing.finish(done)) is not None:
+            self.adopt(*probed, evict=True)
+            return
         state = self._state
         if state.costs and all(done.ok):
             state.costs.note_done(done.transfer, state.now)
@@ -341,6 +355,8 @@ class Manager:
         staged = self._onboarding.finish(done)
         if staged is not None:
             self._retaining.apply(HOST, staged.hashes)
+            if staged.hashes and state.tier(staged.tier).keyed:
+                self._retaining.apply(staged.tier, staged.hashes)  # it may have learnt of them
             self._offloading.registered(HOST, staged.hashes)
             self._loading.hand_over(staged.hashes, staged.tier, staged.waiters)
             return
@@ -359,12 +375,35 @@ class Manager:
     def pending(self) -> int:
         """Blocks and jobs on their way; 0 when the node has nothing left to do."""
         busy = self._onboarding.in_flight + self._storing.in_flight + len(self._state.outbox)
-        return busy + self._offloading.pending
+        busy += self._probing.in_flight
+        return busy + self._offloading.pending + self._deleting.pending
 
     @property
     def storing(self) -> int:
         """Blocks and jobs on their way into the tiers, those on their way out left aside."""
         return self._storing.in_flight + self._offloading.pending
+
+    @property
+    def deleting(self) -> int:
+        """Jobs and keys of keyed tiers that are still to be deleted."""
+        return self._deleting.pending
+
+    def adopt(
+        self, tier: TierName, found: Sequence[Found], *, cleared: bool = False, evict: bool = False
+    ) -> None:
+        """Take over blocks that were found in a keyed tier; with `cleared` delete them instead.
+
+        Nothing of them is believed but that they may be there: a read verifies all of it. With
+        `evict` others make room for them.
+        """
+        lower = self._state.tier(tier)
+        new = self._offloading.unknown(lower, found)
+        if cleared:
+            self._deleting.doom(lower, [each.key for each in new])
+        else:
+            evicted = adopt(self._state, lower, new, evict=evict)
+            self._state.evicted(evicted, tier)
+            self._deleting.doom(lower, evicted)
 
     def written(self, tier: TierName) -> int:
         """Return the write counter of the block last given out to be written to a lower `tier`."""

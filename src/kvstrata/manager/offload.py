@@ -19,6 +19,8 @@ from functools import partial
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import HOST, Admission, TierName
 from kvstrata.manager.charging import refused_by_quota, reserve_each
+from kvstrata.manager.deleting import Deleting
+from kvstrata.manager.lineage import Found
 from kvstrata.manager.onboard import Onboarding
 from kvstrata.manager.relay import Arrived, Relaying
 from kvstrata.manager.retaining import Retaining
@@ -74,10 +76,17 @@ class Offloading:
     """Blocks on their way down."""
 
     def __init__(
-        self, state: BrainState, retaining: Retaining, onboarding: Onboarding, *, bypass: bool
+        self,
+        state: BrainState,
+        retaining: Retaining,
+        onboarding: Onboarding,
+        deleting: Deleting,
+        *,
+        bypass: bool,
     ) -> None:
         """Serve `state.lower`; with `bypass` the host keeps what is not written yet."""
         self._state, self._retaining, self._bypass = state, retaining, bypass
+        self._deleting = deleting
         above = [(HOST, state.host), *((tier.name, tier.pool) for tier in state.lower)]
         self._edges = [
             _Edge(name, pool, tier) for (name, pool), tier in zip(above, state.lower, strict=False)
@@ -154,6 +163,12 @@ class Offloading:
             found.update(key for slot, key in pairs if of(slot) in owners)
         return found
 
+    def unknown(self, tier: LowerTier, found: Sequence[Found]) -> list[Found]:
+        """Return those of `found` that are not in `tier`, nor on their way into or out of it."""
+        writing = {key for edge in self._edges if edge.tier is tier for key in edge.writing}
+        known = writing | tier.doomed.keys() | self._deleting.going(tier)
+        return [each for each in found if each.key not in tier and each.key not in known]
+
     def pump(self) -> None:
         """Start as many writes as the limits allow."""
         limits = self._state.limits
@@ -184,6 +199,11 @@ class Offloading:
         write.end()
         if write.stale:
             edge.let_go(job.keys)
+            if edge.tier.keyed:
+                edge.tier.pool.abort(job.targets)
+                unwanted = [key for key in job.keys if key not in edge.writing]
+                self._deleting.doom(edge.tier, [key for key in unwanted if key not in edge.tier])
+                return edge.tier, []
             edge.tier.pool.quarantine_filling(job.targets)
             return edge.tier, list(job.targets)
         edge.writing.difference_update(job.keys)
@@ -282,6 +302,9 @@ class Offloading:
         state, tier = self._state, edge.tier
         targets, evicted = reserve_each(tier.pool, going.keys, going.owners)
         state.evicted(evicted, tier.name)
+        if tier.keyed:
+            self._deleting.doom(tier, evicted)
+            self._deleting.spare(tier, targets)
         left = [place for place, key in enumerate(going.keys) if key not in targets]
         for place in left:
             by_quota = refused_by_quota(tier.pool, 1, going.owners[place])

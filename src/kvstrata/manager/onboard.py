@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from kvstrata.core.ids import Holder, SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import HOST, TierName
 from kvstrata.manager.charging import reserve_prefix
+from kvstrata.manager.deleting import Deleting
+from kvstrata.manager.lineage import learn
 from kvstrata.manager.state import BrainState, LowerTier
 from kvstrata.pool import Pin
 from kvstrata.transfer.base import EraseJob, JobDone, ReadJob
@@ -45,8 +47,8 @@ class _Read:
 class Onboarding:
     """Reads in flight from lower tiers to the host."""
 
-    def __init__(self, state: BrainState) -> None:
-        self._state = state
+    def __init__(self, state: BrainState, deleting: Deleting) -> None:
+        self._state, self._deleting = state, deleting
         self._reads: dict[TransferId, _Read] = {}
         self._reading: dict[SequenceHash, TransferId] = {}
         self._erasing: dict[TransferId, EraseJob] = {}
@@ -131,6 +133,7 @@ class Onboarding:
                 continue
             self._give_up(read)
             self._state.counters.staging_timeout_blocks += len(read.job.slots)
+            self._rest(read.tier)
             if self._state.costs:
                 self._state.costs.note_given_up(transfer, now)
             late.append(transfer)
@@ -176,8 +179,17 @@ class Onboarding:
         """Make `keys` unfindable in `tier` for the reason `what`; return how many there were."""
         there = [key for key in keys if key in tier.pool]
         self._state.left(there, what, tier.name)
-        self.erase(tier, tier.pool.withdraw(there, quarantine=True))
+        self.remove(tier, there)
         return len(there)
+
+    def remove(self, tier: LowerTier, keys: Sequence[SequenceHash]) -> list[SlotId]:
+        """Make `keys` unfindable in `tier`, for a restart too; return the slots they had."""
+        if tier.keyed:
+            self._deleting.doom(tier, keys)
+            return tier.pool.withdraw(keys)
+        slots = tier.pool.withdraw(keys, quarantine=True)
+        self.erase(tier, slots)
+        return slots
 
     def check(self, tier: LowerTier, job: ReadJob, done: JobDone, *, stale: bool) -> list[int]:
         """Return which blocks of a read are whole and wanted; withdraw those that are damaged."""
@@ -188,15 +200,48 @@ class Onboarding:
         for index, (source, key) in enumerate(zip(job.sources, job.keys, strict=True)):
             if pool.hash_of(source) != key:
                 continue  # it left the tier meanwhile
-            if not done.ok[index]:
+            if index in done.damaged:
+                corrupt.append(key)
+            elif not done.ok[index]:
                 unread.append(key)
+            elif tier.keyed:  # what arrived was compared with its own header's seal
+                good += [] if stale else [index]
             elif done.checksums[index] != tier.seals[source]:
                 corrupt.append(key)
             elif not stale:
                 good.append(index)
+        if tier.keyed:
+            self._note_keyed(tier, job, done, unread, corrupt)
+            return good
         counters.read_failed_blocks += self.withdraw(tier, unread, "read failed")
         counters.corrupt_blocks += self.withdraw(tier, corrupt, "corrupt")
         return good
+
+    def _note_keyed(
+        self,
+        tier: LowerTier,
+        job: ReadJob,
+        done: JobDone,
+        unread: Sequence[SequenceHash],
+        corrupt: Sequence[SequenceHash],
+    ) -> None:
+        """Forget what is not there or not ours, without deleting it; what may be there stays."""
+        state, pool = self._state, tier.pool
+        state.counters.read_failed_blocks += len(unread)
+        state.counters.corrupt_blocks += len(corrupt)
+        lost = {job.keys[index] for index in done.lost}
+        gone = [key for key in unread if key in lost]
+        for keys, what in ((gone, "read failed"), (corrupt, "corrupt")):
+            state.left(keys, what, tier.name)
+            pool.withdraw(keys)
+        if len(gone) < len(unread):
+            self._rest(tier)
+        learn(state, tier, job.keys, done.lineage)
+
+    def _rest(self, tier: LowerTier) -> None:
+        """Ask a keyed tier for nothing for a while: each request would wait for it in vain."""
+        if tier.keyed:
+            tier.rests_until = self._state.now + self._state.limits.rest_s
 
     def _give_up(self, read: _Read) -> None:
         read.given_up = True
@@ -206,7 +251,12 @@ class Onboarding:
 
     def _register(self, read: _Read, done: JobDone) -> list[SequenceHash]:
         state, host, job, pool = self._state, self._state.host, read.job, read.tier.pool
-        parents = [pool.parent_of(source) for source in job.sources]
+        parents = [
+            said.parent if said else pool.parent_of(source)
+            for source, said in zip(
+                job.sources, done.lineage or [None] * len(job.sources), strict=True
+            )
+        ]
         good = self.check(read.tier, job, done, stale=read.stale)
         host.abort([slot for place, slot in enumerate(job.slots) if place not in set(good)])
         slots = [job.slots[index] for index in good]

@@ -92,6 +92,12 @@ class Relaying:
             return None
         state, host, job = self._state, self._state.host, relay.job
         relay.pin.release()
+        parents = [
+            said.parent if said else parent
+            for parent, said in zip(
+                relay.parents, done.lineage or [None] * len(relay.parents), strict=True
+            )
+        ]
         good = self._onboarding.check(relay.source, job, done, stale=relay.stale)
         places = set(good)
         host.abort([slot for place, slot in enumerate(job.slots) if place not in places])
@@ -104,7 +110,7 @@ class Relaying:
             relay.source.name,
             relay.target,
             [job.keys[index] for index in good],
-            [relay.parents[index] for index in good],
+            [parents[index] for index in good],
             slots,
             [key for place, key in enumerate(job.keys) if place not in places],
         )

@@ -42,10 +42,10 @@ class Retaining:
     """The terms of all blocks that somebody said something about."""
 
     def __init__(
-        self, state: BrainState, erase: Callable[[LowerTier, Sequence[SlotId]], None]
+        self, state: BrainState, remove: Callable[[LowerTier, Sequence[SequenceHash]], list[SlotId]]
     ) -> None:
-        """Keep none yet; `erase` takes quarantined slots whose index lines must be blanked."""
-        self._state, self._erase = state, erase
+        """Keep none yet; `remove` makes keys of a lower tier unfindable for good."""
+        self._state, self._remove = state, remove
         self._terms: dict[SequenceHash, _Term] = {}
         self._dates: list[tuple[float, int, SequenceHash, _Term]] = []  # a heap
         self._serial = count()
@@ -196,8 +196,7 @@ class Retaining:
             gone = state.host.withdraw([key])
         else:
             lower = state.tier(tier)
-            gone = lower.pool.withdraw([key], quarantine=True)
-            self._erase(lower, gone)
+            gone = self._remove(lower, [key]) if key in lower else []
         if gone and term.expires <= state.now:
             state.counters.expired_blocks += 1
             state.left([key], "time to live ended", tier)

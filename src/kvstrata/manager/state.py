@@ -71,6 +71,18 @@ class Counters:
     """Blocks whose time to live ended while they were kept."""
     evicted_unwritten_blocks: int = 0
     """Blocks that left their tier before their turn to be written to the one below."""
+    deleted_blocks: int = 0
+    """Blocks deleted from shared and object tiers: evicted, cleared, or expired there."""
+    undeleted_blocks: int = 0
+    """Blocks that stay in a shared or object tier because too many waited to be deleted."""
+    adopted_blocks: int = 0
+    """Blocks found in shared and object tiers that were there already."""
+    probed_blocks: int = 0
+    """Blocks that shared and object tiers were asked for because a lookup would have missed."""
+    found_blocks: int = 0
+    """Those of them that were there: another daemon wrote them."""
+    unadopted_blocks: int = 0
+    """Blocks found there that this daemon had no room for; left where they are."""
     expired_holds: int = 0
     """Requests that looked, were answered and never came back for their blocks."""
 
@@ -91,6 +103,15 @@ class LowerTier:
     """Write counter of the block last given out to be written to it."""
     hit_blocks: int = 0
     """Blocks given to requests that were staged from it for them."""
+    keyed: bool = False
+    """Whether its blocks lie under their keys: slots are then a count only, each block's seal is in
+    its header, and what leaves must be deleted."""
+    doomed: dict[SequenceHash, None] = field(default_factory=dict)
+    """Keys that wait to be deleted there."""
+    delete_after: float = 0.0
+    """Until when deleting rests because it failed."""
+    rests_until: float = 0.0
+    """Until when it is not asked for blocks because it failed or was too late."""
 
     def __post_init__(self) -> None:
         self.seals = self.seals or [b""] * self.pool.slots_total
@@ -150,9 +171,9 @@ class BrainState:
             self.counters.evicted_unwritten_blocks += sum(key not in below for key in keys)
 
     def below(self, key: SequenceHash) -> LowerTier | None:
-        """Return the nearest tier below the host that has `key`."""
+        """Return the nearest tier below the host that has `key` and does not rest."""
         for tier in self.lower:
-            if key in tier.pool:
+            if key in tier.pool and self.now >= tier.rests_until:
                 return tier
         return None
 

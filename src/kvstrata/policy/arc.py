@@ -27,6 +27,7 @@ class ArcPolicy:
         self._once_ghosts: OrderedDict[SequenceHash | None, None] = OrderedDict()
         self._often_ghosts: OrderedDict[SequenceHash | None, None] = OrderedDict()
         self._returning: dict[SequenceHash | None, None] = {}  # ghosts that room was made for
+        self._strangers: list[SequenceHash | None] = []  # no ghost of them, as victims found last
         self._target = 0.0
         self._once_total = self._often_total = 0  # in use included
 
@@ -37,6 +38,9 @@ class ArcPolicy:
 
     def admit(self, slots: Iterable[SlotId]) -> None:
         """New blocks go to `once`; used ones, and those a ghost remembers, to `often`."""
+        slots = list(slots)
+        if self._admit_strangers(slots):
+            return
         lists, once, often, keys = self._list, self._once, self._often, self._keys
         once_ghosts, often_ghosts, returning = (
             self._once_ghosts, self._often_ghosts, self._returning,
@@ -61,6 +65,24 @@ class ArcPolicy:
                 once[slot] = None
                 self._once_total += 1
         self._trim()
+
+    def _admit_strangers(self, slots: list[SlotId]) -> bool:
+        """Admit blocks that nobody remembers, as those of a new conversation are; else do nothing.
+
+        As the walk in `admit` does, with its lookups in C, or none where `victims` made them.
+        """
+        lists, once = self._list, self._once
+        if any(map(lists.__getitem__, slots)):
+            return False
+        names = list(map(self._keys.__getitem__, slots))
+        if names != self._strangers and not self._strange(names):
+            return False
+        for slot in slots:
+            lists[slot] = _ONCE
+            once[slot] = None
+        self._once_total += len(slots)
+        self._trim()
+        return True
 
     def reclaim(self, slots: Iterable[SlotId]) -> None:
         """Take `slots` out of their lists; the lists remember them."""
@@ -88,8 +110,11 @@ class ArcPolicy:
         once, often = self._once, self._often
         if count > len(once) + len(often):
             return []
+        self._strangers = []
         if self._strange(coming):
-            return self._victims_for_strangers(count)
+            chosen = self._victims_for_strangers(count, announced=len(coming) >= count)
+            self._strangers = list(coming)  # room was made for them, so they are looked up once
+            return chosen
         chosen = []
         once_total = self._once_total  # as it will be while the blocks of `coming` arrive
         ahead = len(coming) - count
@@ -111,6 +136,7 @@ class ArcPolicy:
 
     def evict(self, slots: Iterable[SlotId]) -> None:
         """Take held `slots` for victims."""
+        self._strangers = []
         for slot in slots:
             place = self._list[slot]
             del (self._once if place == _ONCE else self._often)[slot]
@@ -129,7 +155,7 @@ class ArcPolicy:
     def __len__(self) -> int:
         return len(self._once) + len(self._often)
 
-    def _strange(self, coming: Sequence[SequenceHash]) -> bool:
+    def _strange(self, coming: Sequence[SequenceHash | None]) -> bool:
         """Return whether no ghost remembers any of `coming`, as is so for a new conversation."""
         return (
             not self._returning
@@ -137,23 +163,28 @@ class ArcPolicy:
             and self._often_ghosts.keys().isdisjoint(coming)
         )
 
-    def _victims_for_strangers(self, count: int) -> list[SlotId]:
+    def _victims_for_strangers(self, count: int, *, announced: bool) -> list[SlotId]:
         """Choose as the walk in `victims` does where each arrival makes `once` one longer."""
         once, often = self._once, self._often
         short = max(0, int(self._target) + 1 - self._once_total)  # steps that `often` pays for
         first = min(count, short, len(often))
         from_once = min(count - first, len(once))
         rest = count - first - from_once  # `once` has no more to give
+        # A ghost that goes once the arrivals are there is not made: where `once` has the whole tier
+        # the paper remembers nothing of what leaves it.
+        arriving = self._once_total - from_once + count
+        remembered = max(self._capacity - arriving, 0) if announced else from_once
         lists, keys = self._list, self._keys
         chosen: list[SlotId] = []
-        for order, ghosts, number in (
-            (often, self._often_ghosts, first),
-            (once, self._once_ghosts, from_once),
-            (often, self._often_ghosts, rest),
+        for order, ghosts, number, skipped in (
+            (often, self._often_ghosts, first, 0),
+            (once, self._once_ghosts, from_once, max(from_once - remembered, 0)),
+            (often, self._often_ghosts, rest, 0),
         ):
             gone = [order.popitem(last=False)[0] for _ in range(number)]
             for slot in gone:
                 lists[slot] = _NONE
+            for slot in gone[skipped:]:
                 ghosts[keys[slot]] = None
             chosen += gone
         self._often_total -= first + rest

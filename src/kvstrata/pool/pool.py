@@ -131,6 +131,15 @@ class Pool:
         return len(self._free) + self._ahead.idle + len(self._policy)
 
     @property
+    def free(self) -> int:
+        """Slots that hold nothing."""
+        return len(self._free)
+
+    def is_pinned(self, slot: SlotId) -> bool:
+        """Return whether somebody holds `slot`."""
+        return self._pins[slot] > 0
+
+    @property
     def ready_to_go(self) -> int:
         """Slots that a reservation takes before it asks the policy: free, or given up ahead."""
         return len(self._free) + self._ahead.idle

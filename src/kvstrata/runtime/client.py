@@ -57,12 +57,14 @@ class Client:
         address: str | None = None,
         limits: SessionLimits | None = None,
         prefill_tokens_per_s: float = 0.0,
+        secret_file: str | None = None,
     ) -> None:
         """Connect to the daemon at `address`, or start a private one with `tiers`.
 
         `namespace` names what the arrays are (a model and its revision); what is stored under
         one `salt` is not found under another. `tenant` is who is charged for what is stored. With
         `prefill_tokens_per_s`, what would be computed faster is not loaded; 0 loads what is kept.
+        `secret_file` has the cluster secret of the private daemon; None keeps one with the blocks.
         Raises ConfigError for a setting that cannot be served, DaemonError if no daemon answers.
         """
         _check(tenant, prefill_tokens_per_s)
@@ -76,7 +78,7 @@ class Client:
             writer="array",
         )
         self._shape = shape
-        where = address or NodeConfig(parse_tiers(tiers))
+        where = address or NodeConfig(parse_tiers(tiers), secret_file)
         self._session = Session(
             where,
             self._layout,

@@ -26,6 +26,7 @@ from kvstrata.runtime.process import ProcessWatch
 from kvstrata.runtime.server import NodeServer
 from kvstrata.storage.arena import check_host_size
 from kvstrata.storage.footing import check_place
+from kvstrata.storage.opening import check_keyed
 
 __all__ = ["PrivateOrder", "ReadyLine", "check", "main", "serve"]
 
@@ -70,6 +71,8 @@ def check(config: NodeConfig) -> None:
         )
     check_host_size(config.host.capacity_bytes)
     for tier in config.lower.values():
+        if tier.kind.keyed:
+            check_keyed(tier)
         for place in tier.places:
             check_place(place)
 

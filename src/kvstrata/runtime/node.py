@@ -10,13 +10,17 @@ from typing import Any
 
 from kvstrata.core.config import Limits, NodeConfig, tier_names
 from kvstrata.core.errors import CallRefusedError
+from kvstrata.core.ids import SequenceHash
 from kvstrata.core.tier import HOST, TierName
 from kvstrata.layout import BlockLayout
 from kvstrata.manager import Costs, LowerTier, Manager
 from kvstrata.manager.tenants import Tenants
 from kvstrata.pool import Pool
+from kvstrata.runtime.keyed import KeyedTiers
 from kvstrata.runtime.losing import Losing
 from kvstrata.storage.arena import Arena
+from kvstrata.storage.keyed import KeyedStore
+from kvstrata.storage.opening import keyed_slots, open_keyed
 from kvstrata.storage.slab import Slab, without_collector
 from kvstrata.storage.stripe import Stripe, open_slab
 from kvstrata.transfer.base import Job
@@ -28,12 +32,26 @@ __all__ = ["Node"]
 class Node:
     """Owner: the daemon's one thread; `notify` is the only thing called from others."""
 
-    def __init__(self, config: NodeConfig, layout: BlockLayout, notify: Callable[[], None]) -> None:
-        """Open the stores for `layout`; raises ConfigError and leaves nothing open."""
+    def __init__(
+        self,
+        config: NodeConfig,
+        layout: BlockLayout,
+        notify: Callable[[], None],
+        secret: bytes | None = None,
+    ) -> None:
+        """Open the stores for `layout`; raises ConfigError and leaves nothing open.
+
+        What slabs hold is known from then on; keyed tiers are listed in the background.
+        """
         self.layout = layout
         with contextlib.ExitStack() as opened:
             self._slabs: dict[TierName, Slab | Stripe] = {}
+            stores: dict[TierName, KeyedStore] = {}
             for name, tier in config.lower.items():
+                if tier.kind.keyed:
+                    store = open_keyed(tier, layout, config.limits)
+                    stores[name] = opened.enter_context(contextlib.closing(store))
+                    continue
                 assert tier.places, "a disk tier without a directory"
                 slab = open_slab(tier.places, tier.capacity_bytes, layout)
                 self._slabs[name] = opened.enter_context(contextlib.closing(slab))
@@ -41,9 +59,22 @@ class Node:
             opened.callback(self.arena.close)
             self._policy = config.policy
             self.manager = self._make_manager(config)
-            self._losing = {tier.name: Losing(tier, self._slabs[tier.name]) for tier in self._lower}
+            self._losing = {
+                tier.name: Losing(tier, self._slabs[tier.name])
+                for tier in self._lower
+                if tier.name in self._slabs
+            }
+            self._keyed = KeyedTiers(
+                config, layout, stores, self.arena, self.manager, secret, notify=notify
+            )
+            opened.callback(self._keyed.close)
             self._executor = Executor(
-                self.arena, self._slabs, layout.fingerprint, config.limits, notify=notify
+                self.arena,
+                self._slabs,
+                layout.fingerprint,
+                config.limits,
+                notify=notify,
+                keyed=self._keyed.movers,
             )
             opened.pop_all()
         self._waiting: deque[Job] = deque()
@@ -51,7 +82,9 @@ class Node:
     def _make_manager(self, config: NodeConfig) -> Manager:
         policy, tenants = config.policy, Tenants(config.tenants)
         slots = {HOST: self.arena.grid.slots}
-        slots |= {name: slab.grid.slots for name, slab in self._slabs.items()}
+        for name, tier in config.lower.items():
+            keyed = tier.kind.keyed
+            slots[name] = keyed_slots(tier, self.layout) if keyed else self._slabs[name].grid.slots
         orders = {
             name: tenants.policy_for(policy, name, tier.capacity_bytes, slots[name])
             for name, tier in zip(tier_names(config.tiers), config.tiers, strict=True)
@@ -62,6 +95,7 @@ class Node:
                 name,
                 Pool(slots[name], orders[name]),
                 tier.admission,
+                keyed=tier.kind.keyed,
             )
             for name, tier in config.lower.items()
         ]
@@ -98,6 +132,7 @@ class Node:
             self.manager.complete(done)
         for losing in self._losing.values():
             losing.look(self.manager)
+        self._keyed.adopt()
         self._waiting += self.manager.step(now)
         while self._waiting and self._executor.try_submit(self._waiting[0]):
             self._waiting.popleft()
@@ -105,7 +140,7 @@ class Node:
     @property
     def tier_names(self) -> list[TierName]:
         """The tiers' names, the host first."""
-        return [HOST, *self._slabs]
+        return [HOST, *(tier.name for tier in self._lower)]
 
     def clear(self, tiers: Collection[TierName]) -> int:
         """Forget every block in `tiers`, for a restart too; return how many there were.
@@ -122,17 +157,29 @@ class Node:
                         f"tiers: {name} is cleared, but its disk did not take note of it "
                         f"({error.strerror}): a restart may find the blocks again"
                     ) from error
+        self._keyed.cleared(tiers)
         return count
+
+    def forget(self, key: SequenceHash) -> int:
+        """Forget `key` and what is behind it, in every tier; return how many copies there were."""
+        self._keyed.repeat(lambda: self.manager.forget(key))
+        return self.manager.forget(key)
+
+    def clear_owned(self, namespace: str, tenant: str | None) -> int:
+        """Forget what a tenant stored in a namespace; see `Tenants.matching` and its errors."""
+        owners = self.manager.tenants.matching(namespace, tenant)
+        self._keyed.repeat(lambda: self.manager.clear_owned(owners))
+        return self.manager.clear_owned(owners)
 
     @property
     def busy(self) -> bool:
         """Whether anything is on its way or held, so that time matters."""
-        return bool(self.manager.pending or self.manager.holds)
+        return bool(self.manager.pending or self.manager.holds or self._keyed.listing)
 
     @property
     def writing(self) -> int:
-        """Blocks that are being stored or written below the host; 0 once a stop loses nothing."""
-        return self.manager.storing
+        """Blocks being stored, written below the host or deleted; 0 once a stop loses nothing."""
+        return self.manager.storing + self.manager.deleting
 
     def statistics(self) -> dict[str, Any]:
         """Return counters and tier states as plain names and numbers."""
@@ -140,7 +187,7 @@ class Node:
             "layout": self.layout.describe(),
             "block_bytes": self.layout.block_bytes,
             "block_tokens": self.layout.block_tokens,
-            "pending": self.manager.pending,
+            "pending": self.manager.pending + self._keyed.listing,
             "holds": self.manager.holds,
             "leased_blocks": self.manager.leased,
             "counters": dataclasses.asdict(self.manager.counters)
@@ -153,8 +200,8 @@ class Node:
             | {
                 tier.name: dataclasses.asdict(tier.pool.statistics())
                 | {"hit_blocks": tier.hit_blocks, "admission": tier.admission.value}
-                | {"lost": self._losing[tier.name].slots}
-                | {"devices": self._slabs[tier.name].statistics()}
+                | self._disk_statistics(tier.name)
+                | self._keyed.statistics(tier.name)
                 for tier in self._lower
             },
         }
@@ -163,8 +210,14 @@ class Node:
         hits = self.manager.counters.hit_blocks_host
         return dataclasses.asdict(self._host.statistics()) | {"hit_blocks": hits}
 
+    def _disk_statistics(self, name: TierName) -> dict[str, Any]:
+        if name not in self._slabs:
+            return {}
+        return {"lost": self._losing[name].slots, "devices": self._slabs[name].statistics()}
+
     def close(self) -> None:
         """Stop moving bytes and give everything back; what was written stays."""
+        self._keyed.close()
         self._executor.close()
         self.arena.close()
         for slab in self._slabs.values():

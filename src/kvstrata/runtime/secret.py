@@ -8,6 +8,7 @@ from typing import Final
 
 from kvstrata.core.config import NodeConfig
 from kvstrata.core.errors import ConfigError
+from kvstrata.core.tier import TierKind
 from kvstrata.storage.footing import is_device
 
 __all__ = ["SECRET_NAME", "load_secret"]
@@ -18,23 +19,31 @@ _SECRET_BYTES: Final = 32
 
 
 def load_secret(config: NodeConfig) -> bytes:
-    """Return the secret: from its file, made there if missing, or a fresh one without a disk.
+    """Return the secret: from its file, made there if missing, or a fresh one for a host alone.
 
-    Keys made under a lost secret are never found again, so it is kept where the blocks are.
-    Raises ConfigError if the file cannot be read or does not hold 32 bytes, and if all blocks
-    are on devices, which hold no files.
+    Keys made under a lost secret are never found again, so it is kept where the blocks are: beside
+    the first disk tier's, or else the first shared tier's. Raises ConfigError if the file cannot be
+    read or does not hold 32 bytes, and if blocks would outlive a secret that is kept nowhere.
     """
     if config.secret_file is not None:
         return _read(Path(config.secret_file), "secret_file")
-    places = [place for tier in config.tiers for place in tier.places]
-    if not places:
-        return os.urandom(_SECRET_BYTES)
-    directory = next((place for place in places if not is_device(place)), None)
-    if directory is None:
+    kept = [(place, "tiers.disk") for tier in config.tiers for place in tier.places]
+    shared = [tier.directory for tier in config.tiers if tier.kind is TierKind.SHARED]
+    kept += [(place, "tiers.shared") for place in shared if place]
+    files = [each for each in kept if not is_device(each[0])]
+    if not files and any(tier.kind is TierKind.OBJECT for tier in config.tiers):
         raise ConfigError(
-            f"secret_file: device {places[0]!r} holds no files, so the secret has no place",
-            hint="name one; make it with: head -c 32 /dev/urandom > FILE; chmod 600 FILE",
+            "secret_file: an object tier needs a secret that outlives this daemon",
+            hint="head -c 32 /dev/urandom > FILE; chmod 600 FILE, and name it with --secret-file",
         )
+    if kept and not files:
+        raise ConfigError(
+            f"secret_file: device {kept[0][0]!r} holds no files, so the secret has no place",
+            hint="head -c 32 /dev/urandom > FILE; chmod 600 FILE, and name it with --secret-file",
+        )
+    if not files:
+        return os.urandom(_SECRET_BYTES)
+    directory, field = files[0]
     path = Path(directory).expanduser() / SECRET_NAME
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
@@ -46,13 +55,13 @@ def load_secret(config: NodeConfig) -> bytes:
             finally:
                 unfinished.unlink()
     except FileExistsError:
-        return _read(path, "tiers.disk")
+        return _read(path, field)
     except OSError as error:
         raise ConfigError(
-            f"tiers.disk: directory {directory!r} cannot be written ({error.strerror})",
+            f"{field}: directory {directory!r} cannot be written ({error.strerror})",
             hint="choose a directory that this user may write to",
         ) from error
-    return _read(path, "tiers.disk")
+    return _read(path, field)
 
 
 def _write(path: Path) -> None:

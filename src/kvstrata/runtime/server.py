@@ -249,7 +249,7 @@ class NodeServer:
                 known.fence(call.processes)
                 return wire.Done()
             case _:
-                return self._carry_out(manager, session, call, now)
+                return self._carry_out(self._node, session, call, now)
 
     def _reserve(
         self, manager: Manager, holder: Holder, call: wire.Reserve, now: float
@@ -269,15 +269,16 @@ class NodeServer:
         return wire.Reserved(slots.indices, list(slots.slots), slots.throttled)
 
     def _carry_out(
-        self, manager: Manager, session: SessionId, call: wire.Call, now: float
+        self, node: Node, session: SessionId, call: wire.Call, now: float
     ) -> wire.Answer:
+        manager = node.manager
         match call:
             case wire.Lease():
                 lessee = Holder(session, call.request)
                 hashes = wire.split_hashes(call.hashes)
                 return wire.Leased(manager.lease(lessee, hashes, call.seconds, now))
             case wire.Forget():
-                return wire.Cleared(manager.forget(SequenceHash(call.key)))
+                return wire.Cleared(node.forget(SequenceHash(call.key)))
             case wire.Seal():
                 manager.seal(Holder(session, call.request), [SlotId(s) for s in call.slots])
             case wire.Abort():
@@ -326,7 +327,7 @@ class NodeServer:
         if caller.ended():
             raise CallRefusedError(f"processes: process {caller.pid} is not running")
         if self._node is None:
-            self._node = Node(self._config, call.layout, self.wake)
+            self._node = Node(self._config, call.layout, self.wake, self._secret)
         elif self._node.layout != call.layout:
             raise ConfigError(
                 f"layout: this daemon holds blocks of {self._node.layout.describe()}, the client "
@@ -355,10 +356,12 @@ class NodeServer:
         if self._node is None:
             below = [name for name in wanted if name in self._config.lower]
             if below:
-                where = self._config.lower[below[0]].directory
+                tier = self._config.lower[below[0]]
+                what = "blocks" if tier.kind.keyed else "slab"
                 raise CallRefusedError(
-                    f"tiers: no client has said which layout {below[0]} holds; connect one first, "
-                    f"or delete the slab in {where!r} with the daemon stopped"
+                    f"tiers: no client has said which layout {below[0]} holds; connect one "
+                    f"first, or delete the {what} in {tier.directory or tier.url!r} with the "
+                    "daemon stopped"
                 )
             return 0
         if not call.namespace and call.tenant is None:
@@ -368,8 +371,7 @@ class NodeServer:
                 "tiers: what a namespace or a tenant stored is forgotten in every tier",
                 hint="leave the tiers out",
             )
-        manager = self._node.manager
-        return manager.clear_owned(manager.tenants.matching(call.namespace, call.tenant))
+        return self._node.clear_owned(call.namespace, call.tenant)
 
     def _statistics(self) -> dict[str, object]:
         return {

@@ -24,7 +24,7 @@ from kvstrata.pool import Pool
 from kvstrata.sim.belady import NEVER, BeladyPolicy
 from kvstrata.sim.hardware import Hardware
 from kvstrata.sim.traces.model import TraceRequest
-from kvstrata.transfer.base import EraseJob, Job, JobDone, ReadJob, WriteJob
+from kvstrata.transfer.base import EraseJob, Job, JobDone, ProbeJob, ReadJob, WriteJob
 
 __all__ = ["BELADY", "LowerSlots", "Replay", "ReplayReport", "next_uses"]
 
@@ -212,6 +212,7 @@ class Replay:
     def _done(self, job: Job) -> JobDone:
         if isinstance(job, EraseJob):
             return JobDone(job.transfer, (True,) * len(job.targets))
+        assert not isinstance(job, ProbeJob), "only keyed tiers are probed"
         count = len(job.slots)
         if isinstance(job, ReadJob):
             self._moved[f"{job.tier} to host"] += count

@@ -155,6 +155,14 @@ class BlockFiles:
         finally:
             os.close(descriptor)
 
+    def peek(self, path: str) -> bytes:
+        """Return what stands where the header is; raises OSError."""
+        descriptor = os.open(path, _READ)
+        try:
+            return os.pread(descriptor, HEADER_BYTES, 0)
+        finally:
+            os.close(descriptor)
+
     def _write(
         self, descriptor: int, header: bytes | memoryview, payload: memoryview, *, direct: bool
     ) -> None:

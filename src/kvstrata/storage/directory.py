@@ -200,6 +200,18 @@ class DirectoryStore:
                 os.utime(self._path(name))
         return length
 
+    def peek(self, key: SequenceHash) -> bytes | None:
+        """Read the front of a file."""
+        check_open(self._closed, "this directory")
+        name = name_of_key(key)
+        try:
+            return self._files.peek(self._path(name))
+        except OSError as error:
+            if not is_missing(error):
+                raise self._trouble(error, "peek at", name) from error
+            self._miss()
+            return None
+
     def exists(self, keys: Sequence[SequenceHash]) -> list[bool]:
         """Ask the file system for each."""
         check_open(self._closed, "this directory")
@@ -209,12 +221,15 @@ class DirectoryStore:
         """Remove the files."""
         check_open(self._closed, "this directory")
         for name in map(name_of_key, keys):
+            size = 0
             try:
+                size = align(os.stat(self._path(name)).st_size)  # noqa: PTH116
                 os.unlink(self._path(name))  # noqa: PTH108
             except OSError as error:
                 if not is_missing(error):
                     raise self._trouble(error, "delete", name) from error
-            self._counts.add(deleted=1)
+                size = 0
+            self._counts.add(deleted=1, used_bytes=-size)
 
     def entries(self) -> Iterator[KeyedEntry]:
         """Walk the directory."""

@@ -69,10 +69,16 @@ def check_place(place: str) -> Path:
 
     Raises ConfigError if it cannot be written, for a device that is in use too.
     """
-    path = Path(place).expanduser()
     if is_device(place):
+        path = Path(place).expanduser()
         os.close(_open_device(path))
         return path
+    return check_directory(place)
+
+
+def check_directory(directory: str, field: str = "tiers.disk") -> Path:
+    """Return the directory, made if missing; raises ConfigError if it cannot be written."""
+    path = Path(directory).expanduser()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         probe = path / f".kvstrata-probe-{os.getpid()}"
@@ -80,7 +86,7 @@ def check_place(place: str) -> Path:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"tiers.disk: directory {place!r} cannot be written ({error.strerror})",
+            f"{field}: directory {directory!r} cannot be written ({error.strerror})",
             hint="choose a directory that this user may write to",
         ) from error
     return path

@@ -106,6 +106,9 @@ class KeyedStore(Protocol):
         What the views hold after an error or a miss is nobody's block.
         """
 
+    def peek(self, key: SequenceHash) -> bytes | None:
+        """Return the header alone, or what there is of it; None on a miss."""
+
     def exists(self, keys: Sequence[SequenceHash]) -> list[bool]:
         """Return for each key whether it was there; it may be gone by now."""
 

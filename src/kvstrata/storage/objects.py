@@ -48,6 +48,7 @@ _PAUSE_S: Final = 0.05
 _SLACK_S: Final = 0.05  # what it takes to get to the first request
 _DELETE_MAX: Final = 1000  # the limit of S3's batch
 _HEADS_MAX: Final = 32
+_SMALL: Final = {"min_chunk_size": HEADER_BYTES}  # the client waits for so much, not for all
 
 T = TypeVar("T")
 
@@ -80,6 +81,7 @@ class ObjectStore:
         self._prefix = prefix
         self._timeout_s = timeout_s
         self._exclusive = exclusive
+        self._ranges = True
         self._counts = KeyedCounts()
         self._closed = False
 
@@ -109,6 +111,7 @@ class ObjectStore:
         store = cls(client, prefix, timeout_s=timeout_s, exclusive=True)
         try:
             store._exclusive = store._mark(layout, f"tiers.object: {location}")
+            store._ranges = store._honours_ranges()
         except TransferError as error:
             failure = error.failure.kind if isinstance(error, _RequestError) else Kind.OTHER
             raise ConfigError(
@@ -164,6 +167,18 @@ class ObjectStore:
         # numpy lets other threads run while it copies; assigning to a slice does not
         np.copyto(np.frombuffer(payload, np.uint8, length), bytes_of[HEADER_BYTES:])
         return length
+
+    def peek(self, key: SequenceHash) -> bytes | None:
+        """Fetch the front of an object."""
+        check_open(self._closed, "this object store")
+        path = self._path(key)
+        try:
+            return self._insist(f"peek at {path}", partial(self._front, path))
+        except _RequestError as error:
+            if error.failure.kind is not Kind.MISSING:
+                raise self._counted(error) from None
+            self._counts.add(misses=1)
+            return None
 
     def exists(self, keys: Sequence[SequenceHash]) -> list[bool]:
         """Ask for all of them, some at a time."""
@@ -248,9 +263,30 @@ class ObjectStore:
         self._counts.add(resolved=1)
         if size != HEADER_BYTES + length:
             return PutAnswer.EXISTED
-        front = partial(self._obstore.get_range, self._client, path, start=0, length=HEADER_BYTES)
-        found = bytes(self._once(f"look at {path}", front, until_s))
+        found = self._once(f"look at {path}", partial(self._front, path), until_s)
         return PutAnswer.CREATED if found == header else PutAnswer.EXISTED
+
+    def _front(self, path: str) -> bytes:
+        """Fetch the header; from a server that ignores ranges, the first piece of the object."""
+        if self._ranges:
+            part = self._obstore.get_range(self._client, path, start=0, length=HEADER_BYTES)
+            return bytes(part)
+        pieces = self._obstore.get(self._client, path).stream(**_SMALL)
+        return bytes(next(iter(pieces), b""))[:HEADER_BYTES]
+
+    def _honours_ranges(self) -> bool:
+        """Try it out on the marker."""
+        part = partial(
+            self._obstore.get_range,
+            self._client,
+            f"{self._prefix}/{MARKER_NAME}",
+            start=0,
+            length=1,
+        )
+        try:
+            return len(self._once("get a range", part, self._until_s())) == 1
+        except _RequestError:
+            return False
 
     def _size(self, path: str, until_s: float) -> int | None:
         try:

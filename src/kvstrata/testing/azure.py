@@ -7,14 +7,11 @@ import hashlib
 import hmac
 import os
 import shutil
-import socket
-import subprocess
-import time
 import urllib.request
 from email.utils import formatdate
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+
+from kvstrata.testing.server import ServerProcess, free_port
 
 __all__ = ["CONTAINER", "AzuriteServer", "find_azurite"]
 
@@ -22,7 +19,6 @@ CONTAINER = "kvstrata-test"
 """The container that is there from the start."""
 _ACCOUNT = "kvstratatest"
 _VERSION = "2021-12-02"
-_READY_S = 30.0
 
 
 def find_azurite() -> str | None:
@@ -30,7 +26,7 @@ def find_azurite() -> str | None:
     return shutil.which("azurite-blob")
 
 
-class AzuriteServer:
+class AzuriteServer(ServerProcess):
     """A running server with an account key of its own; a context manager that ends it.
 
     Raises RuntimeError if it does not come up.
@@ -42,9 +38,7 @@ class AzuriteServer:
         if program is None:
             raise RuntimeError("no azurite-blob: npm install -g azurite")
         self._key = os.urandom(32)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}/{_ACCOUNT}"
         command = [program, "--blobHost", "127.0.0.1", "--blobPort", str(self.port), "--silent"]
         command += ["--skipApiVersionCheck", "--inMemoryPersistence", "--disableTelemetry"]
@@ -53,46 +47,13 @@ class AzuriteServer:
             "AZURE_STORAGE_ACCOUNT_NAME": _ACCOUNT,
             "AZURE_STORAGE_ACCOUNT_KEY": key,
         }
-        self._process = subprocess.Popen(  # noqa: S603  arguments are our own
-            command,
-            cwd=folder,
-            env={"PATH": os.environ.get("PATH", ""), "AZURITE_ACCOUNTS": f"{_ACCOUNT}:{key}"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        self._wait()
+        super().__init__(command, self.port, folder, {"AZURITE_ACCOUNTS": f"{_ACCOUNT}:{key}"})
         self._make_container()
 
     @property
     def url(self) -> str:
         """The container as an object tier's URL."""
         return f"az://{CONTAINER}?endpoint={self.endpoint}"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the server; twice is harmless."""
-        self._process.kill()
-        self._process.wait()
-
-    def _wait(self) -> None:
-        deadline_s = time.monotonic() + _READY_S
-        while time.monotonic() < deadline_s and self._process.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.05)
-        self.close()
-        raise RuntimeError("azurite did not come up")
 
     def _make_container(self) -> None:
         """Make it by a request signed with the shared key, which no client of ours can send."""

@@ -71,6 +71,14 @@ class MemoryKeyedStore:
         payload[:length] = block[len(header) :]
         return length
 
+    def peek(self, key: SequenceHash) -> bytes | None:
+        """Copy the header out."""
+        check_open(self._closed, "this store")
+        block = self.blocks.get(key)
+        if block is None:
+            self._counts.add(misses=1)
+        return None if block is None else block[:HEADER_BYTES]
+
     def exists(self, keys: Sequence[SequenceHash]) -> list[bool]:
         """Look each up."""
         check_open(self._closed, "this store")
@@ -156,6 +164,14 @@ class FaultyKeyedStore:
             at = at if spoilt is header else bit // 8 - len(header)
             spoilt[at] ^= 1 << bit % 8
         return length // 2 if self._happens(self.faults.cut) else length
+
+    def peek(self, key: SequenceHash) -> bytes | None:
+        """Peek, and spoil what came."""
+        self._fail()
+        header = self.inner.peek(key)
+        if header is None or self._happens(self.faults.vanish):
+            return None
+        return header[: len(header) // 2] if self._happens(self.faults.cut) else header
 
     def exists(self, keys: Sequence[SequenceHash]) -> list[bool]:
         """Ask the wrapped store."""

@@ -16,7 +16,7 @@ from kvstrata.core.ids import Holder, SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import HOST, TierName
 from kvstrata.pool import Pool
 from kvstrata.storage.base import NOBODY, StoredBlock
-from kvstrata.transfer.base import EraseJob, Job, JobDone, ReadJob, SealJob, WriteJob
+from kvstrata.transfer.base import EraseJob, Job, JobDone, ProbeJob, ReadJob, SealJob, WriteJob
 
 __all__ = ["GARBAGE", "Content", "Disk", "Flight", "Ledger", "Line", "Luck", "Mover", "seal_of"]
 
@@ -268,6 +268,7 @@ class Mover:
             lines = self._ledger.disks[job.tier].lines
             erased = tuple(self._erase(lines, slot, odds) for slot in job.targets)
             return JobDone(job.transfer, erased)
+        assert not isinstance(job, ProbeJob), "only keyed tiers are probed"
         places = range(len(job.slots))
         match job:
             case SealJob():

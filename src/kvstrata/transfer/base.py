@@ -19,7 +19,9 @@ __all__ = [
     "EraseJob",
     "Job",
     "JobDone",
+    "Lineage",
     "Outcome",
+    "ProbeJob",
     "ReadJob",
     "SealJob",
     "TransferBackend",
@@ -142,17 +144,44 @@ class WriteJob:
 
 @dataclass(frozen=True, slots=True)
 class EraseJob:
-    """Blank the index lines of a tier's slots, so that a restart does not find them."""
+    """Make a tier's blocks unfindable for good, for a restart too.
+
+    Of a tier in slots their index lines are blanked; of a keyed tier, blocks are deleted.
+    """
 
     transfer: TransferId
     """Names the job."""
     tier: TierName
     """Where."""
     targets: tuple[SlotId, ...]
-    """Slots there."""
+    """Slots there; empty for a keyed tier."""
+    keys: tuple[SequenceHash, ...] = ()
+    """Keys there, if it is a keyed tier."""
 
 
-Job: TypeAlias = SealJob | ReadJob | WriteJob | EraseJob
+@dataclass(frozen=True, slots=True)
+class ProbeJob:
+    """Ask a keyed tier which of these blocks it has; JobDone's `ok` says it for each."""
+
+    transfer: TransferId
+    """Names the job."""
+    tier: TierName
+    """Where."""
+    keys: tuple[SequenceHash, ...]
+    """Their keys."""
+
+
+Job: TypeAlias = SealJob | ReadJob | WriteJob | EraseJob | ProbeJob
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """What the header of a block in a keyed tier says besides its key."""
+
+    parent: SequenceHash | None
+    """The key of the block before it."""
+    owner: bytes
+    """Tag of who is charged for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,3 +196,9 @@ class JobDone:
     """For each block the seal of its bytes in the host slot; empty for an erase."""
     reason: str = ""
     """What went wrong, for people; empty if nothing did."""
+    lost: tuple[int, ...] = ()
+    """Of a read from a keyed tier, which blocks are not there, or not for us, and will not be."""
+    damaged: tuple[int, ...] = ()
+    """Of a read from a keyed tier, which blocks were not what their headers said; deleted there."""
+    lineage: tuple[Lineage | None, ...] = ()
+    """Of a read from a keyed tier, what each block's header says; None where it was not read."""

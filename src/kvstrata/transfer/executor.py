@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import SequenceHash, TransferId
@@ -34,11 +35,13 @@ from kvstrata.transfer.base import (
     Job,
     JobDone,
     Outcome,
+    ProbeJob,
     ReadJob,
     SealJob,
     TransferBackend,
     WriteJob,
 )
+from kvstrata.transfer.keyed import KeyedMover
 from kvstrata.transfer.plan import OP_BYTES_MAX, plan_copy
 from kvstrata.transfer.sealed import SEALED_READ, SEALED_WRITE, SealedMemory
 
@@ -47,7 +50,7 @@ __all__ = ["Executor"]
 
 @dataclass(slots=True)
 class _Running:
-    job: Job
+    job: SealJob | ReadJob | WriteJob | EraseJob
     ok: list[bool]
     ops: list[CopyOp] = field(default_factory=list)
     seals: list[bytes] = field(default_factory=list)
@@ -58,7 +61,7 @@ class _Running:
 class Executor:
     """Runs jobs over one arena and the slabs of the tiers below it."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # each kind of tier and of backend by its own name
         self,
         arena: Arena,
         slabs: Mapping[TierName, Slab | Stripe],
@@ -67,13 +70,16 @@ class Executor:
         *,
         notify: Callable[[], None] = lambda: None,
         mover: TransferBackend | None = None,
+        keyed: Mapping[TierName, KeyedMover] = MappingProxyType({}),
         jobs_max: int = 1024,
     ) -> None:
         """Start the backends; `notify` is called from their threads when there is news.
 
-        `mover` replaces the posix backend, for other backends and for wrappers.
+        `mover` replaces the posix backend, for other backends and for wrappers. Jobs of the tiers
+        in `keyed` go there.
         """
         self._arena, self._slabs, self._fingerprint = arena, slabs, fingerprint
+        self._keyed = dict(keyed)
         self._jobs_max = jobs_max
         self._mover: TransferBackend = mover or PosixBackend(
             threads=limits.transfer_threads, queue_transfers_max=jobs_max, notify=notify
@@ -87,8 +93,12 @@ class Executor:
 
     def try_submit(self, job: Job) -> bool:
         """Start `job`, or return False because as many as allowed are running."""
+        if not isinstance(job, SealJob) and job.tier in self._keyed and not self._closed:
+            self._keyed[job.tier].submit(job)
+            return True
         if self._closed or len(self._running) >= self._jobs_max:
             return False
+        assert not isinstance(job, ProbeJob), "only keyed tiers are probed"
         blocks = job.targets if isinstance(job, EraseJob) else job.slots
         running = _Running(job, [True] * len(blocks))
         match job:
@@ -107,7 +117,7 @@ class Executor:
 
     def poll(self) -> list[JobDone]:
         """Return the jobs that ended since the last call."""
-        ended = []
+        ended = [done for tier in self._keyed.values() for done in tier.poll()]
         for completion in [*self._mover.poll(), *self._sealer.poll()]:
             running = self._running[completion.transfer]
             self._note(running, completion)
@@ -131,17 +141,22 @@ class Executor:
         if transfer in self._running:
             self._mover.cancel(transfer)
             self._sealer.cancel(transfer)
+            return
+        for tier in self._keyed.values():
+            tier.cancel(transfer)
 
     @property
     def running(self) -> int:
         """Jobs accepted and not yet ended."""
-        return len(self._running)
+        return len(self._running) + sum(tier.running for tier in self._keyed.values())
 
     def close(self) -> None:
         """Stop the backends; jobs that had not begun are dropped."""
         self._closed = True
         self._mover.close()
         self._sealer.close()
+        for tier in self._keyed.values():
+            tier.close()
 
     # -- stages --------------------------------------------------------------------------------
 

@@ -71,7 +71,9 @@ def _told(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
 def serve(
     tiers: Annotated[
         str | None,
-        typer.Option(help="Tiers, host first: host:2GiB,disk:/var/kv:20GiB; see the daemon guide."),
+        typer.Option(
+            help="Tiers, host first: host:2GiB,disk:/var/kv:20GiB,object:URL:1TiB; see the guide."
+        ),
     ] = None,
     policy: Annotated[
         str | None, typer.Option(help="Eviction policy: lru, arc, lru2, s3fifo, 2q, auto.")
@@ -251,11 +253,20 @@ def demo(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures of the table to this file.")
     ] = None,
+    object_url: Annotated[
+        str | None,
+        typer.Option(
+            "--object", help="Object store to use too, as s3://BUCKET/PREFIX?endpoint=URL."
+        ),
+    ] = None,
 ) -> None:
-    """Play a conversation on a real vLLM: cold, warm, and after kill -9 of everything."""
+    """Play a conversation on a real vLLM: cold, warm, and after kill -9 of everything.
+
+    With --object the slab is deleted at last, and blocks come back from the object store.
+    """
     from kvstrata.apps.cli.demo.play import run_demo
 
-    raise typer.Exit(run_demo(json_file))
+    raise typer.Exit(run_demo(json_file, object_url=object_url))
 
 
 @app.command()

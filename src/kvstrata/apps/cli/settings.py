@@ -27,7 +27,7 @@ class ServeSettings(BaseSettings):
     address: str = Field(default_factory=default_address)
     """Where to listen: an absolute `ipc://` path."""
     secret_file: Path | None = None
-    """File with the cluster secret of 32 bytes; left out, one is kept beside the disk tier."""
+    """File with the cluster secret of 32 bytes; left out, one is kept with the blocks."""
     staging_timeout_s: float = Field(default=5.0, gt=0, le=3600)
     """Longest wait of a request for its blocks to come from disk, in seconds."""
     offload_priority_min: int = Field(default=0, ge=0, le=100)
@@ -44,6 +44,9 @@ class ServeSettings(BaseSettings):
     """Threads that move bytes to and from disk."""
     checksum_threads: int = Field(default=1, ge=1, le=64)
     """Threads that compute block checksums."""
+
+    probe_blocks_max: int = Field(default=32, ge=0, le=4096)
+    """Blocks for which a shared or object tier is asked before a miss; 0 never asks."""
 
     @field_validator("address")
     @classmethod
@@ -99,5 +102,6 @@ class ServeSettings(BaseSettings):
                 cost_margin=self.cost_margin,
                 transfer_threads=self.transfer_threads,
                 checksum_threads=self.checksum_threads,
+                probe_blocks_max=self.probe_blocks_max,
             ),
         )

@@ -34,7 +34,7 @@ def records(
     for number, line in islice(_lines(path), skip, None):
         try:
             record = decode(line)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise _broken(path, number, line, error) from error
         except UnicodeDecodeError as error:
             raise TraceError(

@@ -71,6 +71,8 @@ class KeyedStoreContract:
         assert store.exists(asked) == [True, False, True, False, True]
         assert store.exists([]) == []
         assert store.statistics().misses == 1
+        assert store.peek(_key(2)) is None
+        assert store.peek(_key(4)) == _block(4)[0], "the header alone, not a byte of the payload"
 
     def test_law_4_what_is_deleted_is_a_miss(self, store: KeyedStore) -> None:
         """What is not there is no error, and a key may come back with other bytes."""

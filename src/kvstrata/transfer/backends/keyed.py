@@ -43,13 +43,23 @@ from kvstrata.storage.keyed import KeyedStore, PutAnswer
 from kvstrata.storage.seal import seal
 from kvstrata.transfer.base import Completion, Outcome
 
-__all__ = ["KeyedAnswer", "KeyedBackend", "KeyedEnd", "KeyedOp", "KeyedResult", "MoverStatistics"]
+__all__ = [
+    "KeyedAnswer",
+    "KeyedBackend",
+    "KeyedEnd",
+    "KeyedErase",
+    "KeyedOp",
+    "KeyedProbe",
+    "KeyedResult",
+    "MoverStatistics",
+]
 
 log = logging.getLogger("kvstrata.transfer")
 
 _KEPT: Final = frozenset({Refusal.NEWER, Refusal.OTHER_TENANT, Refusal.OTHER_CODEC})
 """Blocks that are whole, only not ours to read: somebody else's good copy is never deleted."""
 _READS_MAX: Final = 2
+_OPS_EACH: Final = 64  # of a transfer, on average, before no more are queued
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +89,36 @@ class KeyedOp:
         return 1
 
 
+@dataclass(frozen=True, slots=True)
+class KeyedErase:
+    """Blocks to be deleted from the store that is a transfer's target; its source is not used."""
+
+    keys: tuple[SequenceHash, ...]
+    """Their keys; together they are one request, or few."""
+    first: int = 0
+    """Index of the first one in the plan."""
+
+    @property
+    def count(self) -> int:
+        """How many blocks of the plan it covers."""
+        return len(self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedProbe:
+    """Blocks that the store at the transfer's source is asked for; its target is not used."""
+
+    keys: tuple[SequenceHash, ...]
+    """Their keys."""
+    first: int = 0
+    """Index of the first one in the plan."""
+
+    @property
+    def count(self) -> int:
+        """How many blocks of the plan it covers."""
+        return len(self.keys)
+
+
 class KeyedResult(Enum):
     """What became of one op."""
 
@@ -86,13 +126,23 @@ class KeyedResult(Enum):
     EXISTED = "existed"
     FULL = "full"
     LOADED = "loaded"
+    ERASED = "erased"
+    PROBED = "probed"
     MISSED = "missed"
     REFUSED = "refused"
     DAMAGED = "damaged"
     FAILED = "failed"
 
 
-_GOOD: Final = frozenset({KeyedResult.CREATED, KeyedResult.EXISTED, KeyedResult.LOADED})
+_GOOD: Final = frozenset(
+    {
+        KeyedResult.CREATED,
+        KeyedResult.EXISTED,
+        KeyedResult.LOADED,
+        KeyedResult.ERASED,
+        KeyedResult.PROBED,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +157,8 @@ class KeyedAnswer:
     """What went wrong, for people."""
     retryable: bool = False
     """Whether the same op may succeed later."""
+    there: tuple[bool, ...] = ()
+    """Of a probe, for each key whether it was there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +187,10 @@ class MoverStatistics:
     """Blocks not written for want of room."""
     loaded: int = 0
     """Blocks read and found good."""
+    probed: int = 0
+    """Ops that asked for blocks."""
+    erased: int = 0
+    """Ops that deleted blocks."""
     missed: int = 0
     """Blocks asked for and not there."""
     refused: int = 0
@@ -148,9 +204,9 @@ class MoverStatistics:
 
 
 class _Work:
-    """One transfer under way; `left` and `cancelled` are guarded by the backend's lock."""
+    """One transfer under way; the backend's lock guards what changes."""
 
-    __slots__ = ("cancelled", "failed", "left", "ops", "source", "target", "transfer")
+    __slots__ = ("begun", "cancelled", "failed", "left", "ops", "source", "target", "transfer")
 
     def __init__(
         self, transfer: TransferId, ops: Sequence[KeyedOp], source: Any, target: Any
@@ -158,6 +214,7 @@ class _Work:
         self.transfer, self.ops, self.source, self.target = transfer, ops, source, target
         self.left = len(ops)
         self.cancelled = False
+        self.begun = 0
         self.failed: dict[int, str] = {}
 
 
@@ -215,7 +272,9 @@ class KeyedBackend:
         """Queue `ops` (`KeyedOp`), or return False if the queue is full or we are closed."""
         work = _Work(transfer, tuple(ops), source, target)
         with self._lock:
-            if self._closed or len(self._under_way) >= self._queue_transfers_max:
+            waiting = self._pieces.qsize()  # those of cancelled transfers included
+            full = waiting >= _OPS_EACH * self._queue_transfers_max
+            if self._closed or full or len(self._under_way) >= self._queue_transfers_max:
                 return False
             assert transfer not in self._under_way, f"{transfer=} is already under way"
             self._under_way[transfer] = work
@@ -233,10 +292,20 @@ class KeyedBackend:
         return completions
 
     def cancel(self, transfer: TransferId) -> None:
-        """Skip the ops of `transfer` that have not begun."""
+        """Skip the ops of `transfer` that have not begun; if none has, it ends here and now.
+
+        So what waits behind a store that hangs can be given up.
+        """
         with self._lock:
-            if transfer in self._under_way:
-                self._under_way[transfer].cancelled = True
+            work = self._under_way.get(transfer)
+            if work is None:
+                return
+            work.cancelled = True
+            if work.begun:
+                return
+            work.failed = dict.fromkeys(range(len(work.ops)), "cancelled")
+            work.left = 0
+        self._complete(work)
 
     def capabilities(self) -> frozenset[tuple[str, str]]:
         """Memory to a keyed store and back."""
@@ -268,6 +337,10 @@ class KeyedBackend:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         while (piece := self._pieces.get()) is not None:
             work = piece.work
+            with self._lock:
+                if not work.left:
+                    continue  # it was cancelled before any of it had begun
+                work.begun += 1
             reason = "cancelled" if work.cancelled else self._carry_out(piece)
             with self._lock:
                 if reason:
@@ -305,7 +378,7 @@ class KeyedBackend:
         self._count(answer.result.value)
         if answer.result in _GOOD:
             return ""
-        return answer.reason or f"{op.key.hex()}: {answer.result.value}"
+        return answer.reason or answer.result.value
 
     def _count(self, name: str) -> None:
         with self._lock:
@@ -313,7 +386,13 @@ class KeyedBackend:
 
     # -- one block -----------------------------------------------------------------------------
 
-    def _move(self, op: KeyedOp, source: Any, target: Any) -> KeyedAnswer:
+    def _move(self, op: KeyedOp | KeyedErase | KeyedProbe, source: Any, target: Any) -> KeyedAnswer:
+        if isinstance(op, KeyedProbe) and isinstance(source, KeyedEnd):
+            return KeyedAnswer(KeyedResult.PROBED, there=tuple(source.store.exists(op.keys)))
+        if isinstance(op, KeyedErase) and isinstance(target, KeyedEnd):
+            target.store.delete(op.keys)
+            return KeyedAnswer(KeyedResult.ERASED)
+        assert isinstance(op, KeyedOp), f"{op=} has no store to erase from"
         if isinstance(source, MemoryRegion) and isinstance(target, KeyedEnd):
             return self._write(op, source, target)
         if isinstance(source, KeyedEnd) and isinstance(target, MemoryRegion):
@@ -322,6 +401,10 @@ class KeyedBackend:
 
     def _write(self, op: KeyedOp, memory: MemoryRegion, end: KeyedEnd) -> KeyedAnswer:
         raw = _view(memory, op)
+        if op.seal and seal(op.key + end.fingerprint, raw) != op.seal:
+            raise TransferError(
+                f"{op.key.hex()}: host block differs from its seal", retryable=False
+            )
         facts = BlockFacts(op.key, end.fingerprint, op.namespace, op.tenant, op.length)
         payload = raw if end.chain.plain else memoryview(end.chain.encode(raw, facts))
         envelope = Envelope(

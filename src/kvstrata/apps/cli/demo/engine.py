@@ -79,10 +79,18 @@ class EngineProcess:
         self.daemon_pid: int | None = None
         self.daemon_address: str | None = None
 
-    def begin_build(self, model_directory: Path, disk_directory: Path | None) -> None:
-        """Let the child build its engine, with kvstrata if there is a `disk_directory`."""
+    def begin_build(
+        self,
+        model_directory: Path,
+        disk_directory: Path | None,
+        place: tuple[str, str] | None = None,
+    ) -> None:
+        """Let the child build its engine, with kvstrata if there is a `disk_directory`.
+
+        `place` is the URL of an object tier behind the disk and the path of the cluster secret.
+        """
         disk = None if disk_directory is None else str(disk_directory)
-        self._send("build", model_directory=str(model_directory), disk_directory=disk)
+        self._send("build", model_directory=str(model_directory), disk_directory=disk, place=place)
 
     def wait_built(self) -> None:
         """Block until the engine is ready; its daemon is known from then on."""

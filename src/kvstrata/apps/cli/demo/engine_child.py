@@ -25,13 +25,16 @@ _KV_CACHE_BYTES: Final = 96 << 20  # about 12,000 tokens of the demo's model
 _WARM_UP_TOKENS: Final = 1100
 _HOST_TIER: Final = "host:512MiB"
 _DISK_TIER_SIZE: Final = "1GiB"
+_OBJECT_TIER_SIZE: Final = "1GiB"
 _BLOCK_TOKENS: Final = 64
 
 
 class Engine:
     """vLLM in this process, with or without kvstrata's connector."""
 
-    def __init__(self, model_directory: str, disk_directory: str | None) -> None:
+    def __init__(
+        self, model_directory: str, disk_directory: str | None, place: list[str] | None = None
+    ) -> None:
         self._vllm = importlib.import_module("vllm")
         self._llm = self._vllm.LLM(
             model_directory,
@@ -45,7 +48,7 @@ class Engine:
             kv_cache_memory_bytes=_KV_CACHE_BYTES,
             skip_tokenizer_init=True,
             disable_log_stats=False,
-            kv_transfer_config=disk_directory and self._transfer_config(disk_directory),
+            kv_transfer_config=disk_directory and self._transfer_config(disk_directory, place),
         )
         self._requests = 0
         if disk_directory is not None:  # its turns are measured: one-time costs must fall before
@@ -111,16 +114,18 @@ class Engine:
         raise RuntimeError(message)
 
     @staticmethod
-    def _transfer_config(disk_directory: str) -> Any:
+    def _transfer_config(disk_directory: str, place: list[str] | None) -> Any:
+        tiers = f"{_HOST_TIER},disk:{disk_directory}:{_DISK_TIER_SIZE}"
+        extra: dict[str, Any] = {"tiers": tiers, "block_tokens": _BLOCK_TOKENS}
+        if place is not None:
+            url, extra["secret_file"] = place
+            extra["tiers"] = f"{tiers},object:{url}:{_OBJECT_TIER_SIZE}"
         return importlib.import_module("vllm.config").KVTransferConfig(
             kv_connector="KvstrataConnector",
             kv_connector_module_path="kvstrata.connectors.vllm",
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
-            kv_connector_extra_config={
-                "tiers": f"{_HOST_TIER},disk:{disk_directory}:{_DISK_TIER_SIZE}",
-                "block_tokens": _BLOCK_TOKENS,
-            },
+            kv_connector_extra_config=extra,
         )
 
 

@@ -4,6 +4,8 @@
     cold            kvstrata attached, everything forgotten before each turn
     warm            only the engine's own cache is forgotten: blocks come from the host tier
     after_restart   engine and daemon killed with SIGKILL, the host tier emptied before each turn
+    from_object     with an object store: both killed again and the slab deleted, host and disk
+                    emptied before each turn
 
 Both engines start side by side, and the model is made meanwhile; measured turns run alone.
 """
@@ -12,11 +14,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
+import shutil
 import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -27,29 +32,38 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from kvstrata.apps.cli.demo.conversation import TURNS_MAX, USER_TEXTS, Conversation
 from kvstrata.apps.cli.demo.engine import Answer, EngineProcess, kill_descendants, kill_process
 from kvstrata.apps.cli.demo.report import Phase, Turn, print_report, write_json
+from kvstrata.core.config import TierConfig
 from kvstrata.core.errors import ConfigError
+from kvstrata.core.tier import TierKind
 from kvstrata.runtime.admin import AdminClient
+from kvstrata.storage.opening import check_keyed
 
-__all__ = ["run_demo"]
+__all__ = ["ObjectPlace", "run_demo"]
 
 _ANSWER_TOKENS: Final = 20
 _WRITES_TIMEOUT_S: Final = 60.0
 
 
 def run_demo(
-    json_path: Path | None, *, keep_dir: Path | None = None, turns: int = TURNS_MAX
+    json_path: Path | None,
+    *,
+    keep_dir: Path | None = None,
+    turns: int = TURNS_MAX,
+    object_url: str | None = None,
 ) -> int:
     """Play the conversation, print what was found, and return 0 if every answer was the same.
 
-    Everything lives in a temporary directory, or in `keep_dir`, which then stays.
+    Everything lives in a temporary directory, or in `keep_dir`, which then stays, and, with an
+    `object_url`, below a prefix of its own there; its blocks are deleted at the end.
     """
     _check(turns, json_path)
+    place = None if object_url is None else ObjectPlace.below(object_url)
     with ExitStack() as stack:
         stack.enter_context(_termination_unwinds())
         directory = stack.enter_context(_directory(keep_dir))
         stack.callback(kill_descendants, directory)
-        progress = stack.enter_context(_progress(turns))
-        phases = _Stage(directory, stack, progress, turns).play()
+        progress = stack.enter_context(_progress(turns * (4 if place is None else 5)))
+        phases = _Stage(directory, stack, progress, turns, place).play()
     print_report(phases, Console(highlight=False))
     if json_path is not None:
         write_json(phases, json_path)
@@ -59,7 +73,15 @@ def run_demo(
 class _Stage:
     """One demo under way: its directory, its engines, and what the reference said."""
 
-    def __init__(self, directory: Path, stack: ExitStack, progress: Progress, turns: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        stack: ExitStack,
+        progress: Progress,
+        turns: int,
+        place: ObjectPlace | None,
+    ) -> None:
+        self._place = place
         self._model = directory / "model"
         self._disk = directory / "disk"
         self._directory = directory
@@ -76,7 +98,7 @@ class _Stage:
         engine = self._start("kvstrata")
         conversation = self._make_model()
         plain.begin_build(self._model, None)
-        engine.begin_build(self._model, self._disk)
+        self._build(engine)
         plain.wait_built()
         self._play_reference(plain, conversation)
         plain.kill()
@@ -87,19 +109,44 @@ class _Stage:
                 self._play_phase("warm", engine, admin, lambda: None),
             ]
         self._say("killing engine and daemon, starting both again")
-        if engine.daemon_pid is not None:
-            kill_process(
-                engine.daemon_pid
-            )  # first: a daemon ends in good order when its engine dies
-        engine.kill()
+        self._kill_both(engine)
         engine = self._start("kvstrata-again")
-        engine.begin_build(self._model, self._disk)
+        self._build(engine)
         with self._admin(engine) as admin:
             phases.append(
                 self._play_phase("after_restart", engine, admin, lambda: self._leave_disk(admin))
             )
-        engine.shutdown()
+        if self._place is not None:
+            phases.append(self._play_from_object(engine))
+        else:
+            engine.shutdown()
         return phases
+
+    def _play_from_object(self, engine: EngineProcess) -> Phase:
+        """Kill everything once more, delete the slab, and play from what the bucket holds."""
+        self._say("killing engine and daemon, deleting the slab, starting again")
+        self._kill_both(engine)
+        shutil.rmtree(self._disk)
+        engine = self._start("kvstrata-from-object")
+        self._build(engine)
+        with self._admin(engine) as admin:
+            phase = self._play_phase(
+                "from_object", engine, admin, lambda: admin.clear(("host", "disk"))
+            )
+            admin.clear()
+            admin.wait_idle(_WRITES_TIMEOUT_S)
+        engine.shutdown()
+        return phase
+
+    def _kill_both(self, engine: EngineProcess) -> None:
+        if engine.daemon_pid is not None:  # first: it ends in good order when its engine dies
+            kill_process(engine.daemon_pid)
+        engine.kill()
+
+    def _build(self, engine: EngineProcess) -> None:
+        """Let the engine be built with kvstrata; where blocks outlive the disk, the secret does."""
+        place = None if self._place is None else self._place.keep(self._directory)
+        engine.begin_build(self._model, self._disk, place)
 
     def _start(self, name: str) -> EngineProcess:
         engine = EngineProcess(name, self._directory)
@@ -168,6 +215,32 @@ class _Stage:
         self._progress.update(self._task, description=stage)
 
 
+@dataclass(frozen=True, slots=True)
+class ObjectPlace:
+    """Where in an object store one demo keeps its blocks, and under which secret."""
+
+    url: str
+    """A prefix that nobody else uses."""
+    secret: bytes = field(repr=False)
+    """The cluster secret, 32 bytes."""
+
+    @classmethod
+    def below(cls, url: str) -> ObjectPlace:
+        """Return a new place below `url`; raises ConfigError for one that cannot be used."""
+        bucket, mark, options = url.partition("?")
+        place = f"{bucket.rstrip('/')}/kvstrata-demo-{secrets.token_hex(4)}{mark}{options}"
+        check_keyed(TierConfig(TierKind.OBJECT, 1, url=place))
+        return cls(place, secrets.token_bytes(32))
+
+    def keep(self, directory: Path) -> tuple[str, str]:
+        """Write the secret below `directory` if it is not there; return URL and its path."""
+        path = directory / "cluster-secret"
+        if not path.exists():
+            path.touch(mode=0o600)
+            path.write_bytes(self.secret)
+        return self.url, str(path)
+
+
 def _check(turns: int, json_path: Path | None) -> None:
     if not 1 <= turns <= TURNS_MAX:
         raise ConfigError(
@@ -208,7 +281,7 @@ def _directory(keep_dir: Path | None) -> Iterator[Path]:
 
 
 @contextmanager
-def _progress(turns: int) -> Iterator[Progress]:
+def _progress(total: int) -> Iterator[Progress]:
     columns = (
         SpinnerColumn(),
         BarColumn(bar_width=24),
@@ -216,7 +289,7 @@ def _progress(turns: int) -> Iterator[Progress]:
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        progress.add_task("starting", total=4 * turns)
+        progress.add_task("starting", total=total)
         yield progress
 
 

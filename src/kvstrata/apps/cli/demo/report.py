@@ -20,6 +20,7 @@ _TITLES: Final = {
     "cold": "cold",
     "warm": "warm",
     "after_restart": "after kill -9",
+    "from_object": "slab deleted",
 }
 _NEXT: Final = """\
 What to try next (README.md explains each):
@@ -55,7 +56,7 @@ class Phase:
     """The conversation, played once from its first turn to its last."""
 
     name: str
-    """`cold`, `warm` or `after_restart`."""
+    """`cold`, `warm`, `after_restart` or `from_object`."""
     turns: tuple[Turn, ...]
     """The turns in their order."""
 
@@ -87,17 +88,18 @@ def _turn(turn: Turn) -> dict[str, Any]:
 def _table(phases: list[Phase]) -> Table:
     table = Table(
         box=box.SIMPLE,
-        title="One conversation, 3 times: prompt tokens by where their KV came from",
+        title=f"One conversation, {len(phases)} times: prompt tokens by where their KV came from",
         title_justify="left",
     )
     table.add_column("phase", no_wrap=True)
-    for heading in ("prompt", *_TIERS[:3], "first token", "sooner", "same"):
+    shown = _TIERS if phases[-1].name == "from_object" else _TIERS[:-1]
+    for heading in ("prompt", *shown, "first token", "sooner", "same"):
         table.add_column(heading, justify="right", no_wrap=True)
     cold = phases[0]
     for phase in phases:
         title = _TITLES[phase.name]
         for turn, base in zip(phase.turns, cold.turns, strict=True):
-            counts = [str(turn.tokens_from.get(tier, 0) or "-") for tier in _TIERS[:3]]
+            counts = [str(turn.tokens_from.get(tier, 0) or "-") for tier in shown]
             ratio = "" if phase is cold else f"{base.ttft_s / turn.ttft_s:.1f}x"
             same = "yes" if turn.identical else "[bold red]NO[/]"
             tokens = str(turn.prompt_tokens)
@@ -108,11 +110,12 @@ def _table(phases: list[Phase]) -> Table:
 
 
 def _summary(phases: list[Phase]) -> str:
-    cold, warm, restarted = (phase.turns[-1].ttft_s * 1000 for phase in phases)
+    last = {phase.name: f"{phase.turns[-1].ttft_s * 1000:,.0f} ms" for phase in phases}
+    stored = f", {last['from_object']} from the object store" if "from_object" in last else ""
     turns = [turn for phase in phases for turn in phase.turns]
     same = sum(turn.identical for turn in turns)
     return (
-        f"The longest prompt took {cold:,.0f} ms to compute, {warm:,.0f} ms from host memory, "
-        f"{restarted:,.0f} ms from disk.\n"
+        f"The longest prompt took {last['cold']} to compute, {last['warm']} from host memory, "
+        f"{last['after_restart']} from disk{stored}.\n"
         f"{same} of {len(turns)} answers are the same, token by token, as without kvstrata."
     )

@@ -85,7 +85,7 @@ def decode_invitation(data: bytes, secret: bytes | None = None) -> Invitation:
         raise _refusal("its digest does not match: damaged, or made under another secret")
     try:
         invitation = _decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # not all wrapped
         raise _refusal(f"its body cannot be read: {error}") from error
     for region in invitation.regions:
         if region.peer != invitation.name:

@@ -1,0 +1,71 @@
+"""Opens the keyed store that a tier's configuration names, and says how many blocks it may keep."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from kvstrata.core.config import Limits, TierConfig
+from kvstrata.core.errors import ConfigError
+from kvstrata.core.tier import TierKind
+from kvstrata.layout import BlockLayout
+from kvstrata.storage.base import PAGE_BYTES, align
+from kvstrata.storage.codecs import CodecChain, CodecSettings, make_chain
+from kvstrata.storage.directory import DirectoryLimits, DirectoryStore
+from kvstrata.storage.envelope import HEADER_BYTES
+from kvstrata.storage.footing import check_directory
+from kvstrata.storage.keyed import KeyedStore
+from kvstrata.storage.location import parse_location
+from kvstrata.storage.objects import ObjectStore
+
+__all__ = ["check_keyed", "keyed_slots", "open_chain", "open_keyed"]
+
+_ANY_DTYPE: Final = "float32"
+
+
+def check_keyed(tier: TierConfig) -> None:
+    """Raise ConfigError for what cannot work whatever the blocks' layout is."""
+    if tier.kind is TierKind.OBJECT:
+        assert tier.url is not None, "an object tier without a URL"
+        parse_location(tier.url)
+        try:
+            import obstore  # noqa: F401  # only whether it is there
+        except ImportError as error:
+            raise ConfigError(
+                "tiers.object: the object client is not installed",
+                hint="pip install 'kvstrata[object]'",
+            ) from error
+    else:
+        assert tier.directory is not None, "a shared tier without a directory"
+        check_directory(tier.directory, field=f"tiers.{tier.kind.value}")
+    open_chain(tier, CodecSettings(_ANY_DTYPE, bytes(32)))
+
+
+def open_keyed(tier: TierConfig, layout: BlockLayout, limits: Limits) -> KeyedStore:
+    """Return the store of `layout`; raises ConfigError, for what is not ours LayoutError."""
+    if tier.kind is TierKind.OBJECT:
+        assert tier.url is not None, "an object tier without a URL"
+        if keyed_slots(tier, layout) < 1:
+            raise ConfigError(
+                f"tiers.object: {tier.capacity_bytes} bytes hold not one block of "
+                f"{layout.block_bytes}",
+                hint="use a larger object tier",
+            )
+        return ObjectStore.open(tier.url, layout, timeout_s=limits.object_timeout_s)
+    assert tier.directory is not None, "a shared tier without a directory"
+    return DirectoryStore.open(tier.directory, tier.capacity_bytes, layout)
+
+
+def open_chain(tier: TierConfig, settings: CodecSettings) -> CodecChain:
+    """Return what the tier's blocks are written with; raises ConfigError."""
+    return make_chain(tier.codec, settings)
+
+
+def keyed_slots(tier: TierConfig, layout: BlockLayout) -> int:
+    """Return how many blocks this daemon keeps there; encoded ones may take less, and count whole.
+
+    Of a directory as many as its collector leaves, so that alone we never wake it.
+    """
+    if tier.kind is TierKind.OBJECT:
+        return tier.capacity_bytes // (layout.block_bytes + HEADER_BYTES)
+    usable = int(tier.capacity_bytes * DirectoryLimits().collect_to)
+    return usable // (align(layout.block_bytes) + PAGE_BYTES)
