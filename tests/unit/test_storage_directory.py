@@ -324,6 +324,26 @@ class TestCollecting:
         store.collect()
         assert (old.exists(), young.exists()) == (False, True)
 
+    def test_what_is_written_during_a_walk_counts(self, open_store, monkeypatch):
+        store = open_store(capacity_bytes=20 * TAKEN)
+        walk = store._walk
+
+        def slow_walk(**more):
+            yield from list(walk(**more))
+            assert put(store, 2) is PutAnswer.CREATED
+
+        put(store, 1)
+        monkeypatch.setattr(store, "_walk", slow_walk)
+        store.collect()
+        assert store.statistics().used_bytes == 2 * TAKEN
+
+    def test_what_is_deleted_makes_room_at_once(self, open_store):
+        store = open_store(capacity_bytes=20 * TAKEN)
+        for number in range(4):
+            put(store, number)
+        store.delete([key(1), key(2), key(99)])
+        assert store.statistics().used_bytes == 2 * TAKEN
+
     def test_the_thread_makes_room_by_itself(self, open_store):
         limits = DirectoryLimits(collect_interval_s=60.0, collect_pause_s=0.01)
         store = open_store(capacity_bytes=20 * TAKEN, limits=limits)

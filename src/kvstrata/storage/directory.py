@@ -259,10 +259,10 @@ class DirectoryStore:
             return 0
         try:
             for turn in range(_ROUNDS_MAX):
-                ages = Ages(self._limits.age_step_s)
+                ages, since = Ages(self._limits.age_step_s), self._counts.snapshot().used_bytes
                 for found in self._walk(sweep=turn == 0):
                     ages.add(found.used_s, found.stored_bytes)
-                self._counts.set_used(ages.total_bytes)
+                self._counts.set_used(ages.total_bytes, since)
                 if ages.total_bytes <= self._limits.collect_above * self.capacity_bytes:
                     break
                 excess = ages.total_bytes - int(self._limits.collect_to * self.capacity_bytes)

@@ -138,10 +138,14 @@ class KeyedCounts:
             for name, value in more.items():
                 self._counts[name] += value
 
-    def set_used(self, used_bytes: int) -> None:
-        """Replace `used_bytes` by a fresh count."""
+    def set_used(self, used_bytes: int, since: int | None = None) -> None:
+        """Replace `used_bytes` by a fresh count; `since` is what it was when the count began.
+
+        What was added meanwhile may or may not be in the count: it is added once more.
+        """
         with self._lock:
-            self._counts["used_bytes"] = used_bytes
+            more = 0 if since is None else max(self._counts["used_bytes"] - since, 0)
+            self._counts["used_bytes"] = used_bytes + more
 
     def snapshot(self) -> KeyedStatistics:
         """Return all of them as they are together."""
