@@ -212,6 +212,26 @@ class TestFloor:
         index(again, block(0, again.floor + 1))
         assert again.recover() == [block(0, again.floor + 1)], "later blocks are found again"
 
+    def test_a_second_torn_one_clears_what_was_written_since_the_first(self, open_slab):
+        slab = open_slab()
+        for turn in range(3):
+            index(slab, block(turn, slab.floor + 1))
+            slab.forget_until(slab.floor + 1)
+            os.pwrite(slab.region.descriptor, b"torn", PAGE_BYTES - 512)
+            slab.close()
+            slab = open_slab()
+            assert slab.recover() == [], f"cleared blocks came back after tear {turn}"
+            assert slab.torn_floors == 1
+
+    def test_a_crash_between_blanking_and_mending_only_repeats_both(self, open_slab, monkeypatch):
+        slab = open_slab()
+        index(slab, block(0, 5))
+        os.pwrite(slab.region.descriptor, b"torn", PAGE_BYTES - 512)
+        slab.close()
+        monkeypatch.setattr(Slab, "forget_until", lambda *_: None)  # the floor stays torn
+        assert open_slab().recover() == []
+        monkeypatch.undo()
+
 
 def descriptors():
     return len(list(Path("/proc/self/fd").iterdir()))

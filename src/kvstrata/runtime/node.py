@@ -171,7 +171,10 @@ class Node:
             "holds": self.manager.holds,
             "leased_blocks": self.manager.leased,
             "counters": dataclasses.asdict(self.manager.counters)
-            | {"torn_index_entries": sum(slab.torn_entries for slab in self._slabs.values())},
+            | {
+                "torn_index_entries": sum(slab.torn_entries for slab in self._slabs.values()),
+                "torn_floors": sum(slab.torn_floors for slab in self._slabs.values()),
+            },
             "policy": self._policy,
             "would_have_hit": self.manager.gauges(),
             "costs": self.manager.costs(),

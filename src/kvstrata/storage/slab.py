@@ -73,6 +73,8 @@ class Slab:
         self.path = path
         self.torn_entries = 0
         """Index lines that `recover` found neither blank nor whole."""
+        self.torn_floors = 0
+        """1 if the floor was torn at opening, so that everything in the slab was cleared."""
         self._grid = SlotGrid(
             base_bytes=align(PAGE_BYTES + slots * ENTRY_BYTES),
             stride_bytes=align(layout.block_bytes),
@@ -118,7 +120,16 @@ class Slab:
         except BaseException:
             os.close(descriptor)
             raise
-        return cls(descriptor, path, layout, slots)
+        slab = cls(descriptor, path, layout, slots)
+        try:
+            slab._mend_floor()
+        except OSError as error:
+            slab.close()
+            raise ConfigError(
+                f"tiers.disk: the torn floor of {str(path)!r} cannot be mended ({error.strerror})",
+                hint="make the file writable, or move it away: all that it holds was cleared",
+            ) from error
+        return slab
 
     @property
     def region(self) -> FileRegion:
@@ -136,7 +147,7 @@ class Slab:
 
     @property
     def floor(self) -> int:
-        """The write counter up to which every block was cleared; all of them if it is torn."""
+        """The write counter up to which every block was cleared."""
         record = os.pread(self._descriptor, _FLOOR.size, _FLOOR_OFFSET)
         written, crc = _FLOOR.unpack(record)
         return written if crc == crc32(record[:8]) else _FLOOR_TORN
@@ -145,6 +156,21 @@ class Slab:
         """Never recover a block written up to `written` again, not even after a loss of power."""
         record = [_encode_floor(written)]
         os.pwritev(self._descriptor, record, _FLOOR_OFFSET, os.RWF_DSYNC)
+
+    def _mend_floor(self) -> None:
+        """Blank the index if the floor is torn, and only then make the floor whole.
+
+        Nobody knows what it cleared. Counting on above a floor that stays torn would not do: torn
+        once more, it would say nothing of what was written and cleared in between.
+        """
+        if self.floor != _FLOOR_TORN:
+            return
+        self.torn_floors = 1
+        blank, end = bytes(_READ_BYTES), self._grid.base_bytes
+        for start in range(PAGE_BYTES, end, _READ_BYTES):
+            os.pwrite(self._descriptor, blank[: min(_READ_BYTES, end - start)], start)
+        os.fdatasync(self._descriptor)  # a crash before the next line only repeats this
+        self.forget_until(0)
 
     def recover(self) -> list[StoredBlock]:
         """Read the index, and only it: O(slots), whatever the blocks' size.
