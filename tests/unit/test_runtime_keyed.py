@@ -263,3 +263,29 @@ def test_what_cannot_work_is_said_at_the_start(command, tiers, says) -> None:
     assert ended.returncode == 2
     assert says in ended.stderr
     assert "hint: " in ended.stderr
+
+
+def test_what_a_lossy_tier_gave_back_is_never_found_as_exact(
+    connect, make_blocks, tmp_path
+) -> None:
+    """Blocks that fp8 changed, and what is computed behind them, belong to another namespace."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(range(32)))
+    exact = f"shared:{tmp_path / 'exact'}:1MiB"
+    tokens, blocks = make_blocks(1, 4)
+    lossy = connect(
+        tiers=f"host:128KiB,{exact},shared:{tmp_path / 'lossy'}:1MiB:fp8", secret_file=str(secret)
+    )
+    lossy.put(tokens, blocks)
+    lossy.wait_idle()
+    lossy.clear(["host", "shared"])
+    lossy.wait_idle()
+    changed = lossy.get(tokens)
+    assert len(changed) == 4
+    assert changed.tobytes() != blocks.tobytes(), "fp8 lost nothing, so this shows nothing"
+    lossy.wait_idle()
+    other = connect(tiers=f"host:128KiB,{exact}", secret_file=str(secret))
+    assert other.get(tokens).tobytes() in {b"", blocks.tobytes()}
+    lossy.close()
+    again = connect(tiers=f"host:128KiB,{exact}", secret_file=str(secret))
+    assert again.get(tokens).tobytes() in {b"", blocks.tobytes()}, "nor after fp8 was taken away"

@@ -6,15 +6,31 @@ import os
 from pathlib import Path
 from typing import Final
 
+from blake3 import blake3
+
 from kvstrata.core.config import NodeConfig
 from kvstrata.core.errors import ConfigError
 from kvstrata.core.tier import TierKind
+from kvstrata.storage.opening import lossy_codecs
 
-__all__ = ["SECRET_NAME", "load_secret"]
+__all__ = ["SECRET_NAME", "load_secret", "node_secret"]
 
 SECRET_NAME: Final = "secret"  # noqa: S105  # a file's name
 """Name of the file beside the first disk tier's blocks."""
 _SECRET_BYTES: Final = 32
+
+
+def node_secret(config: NodeConfig) -> bytes:
+    """Return the secret under which this node's keys are made; raises as `load_secret`.
+
+    It is the loaded one, unless a tier has a lossy codec: what that gives back, and all that is
+    computed behind it, has other numbers, so it belongs to another namespace than exact blocks.
+    """
+    secret = load_secret(config)
+    codecs = lossy_codecs(tier for tier in config.tiers if tier.kind.keyed)
+    if not codecs:
+        return secret
+    return blake3(f"kvstrata lossy {'+'.join(codecs)}".encode(), key=secret).digest()
 
 
 def load_secret(config: NodeConfig) -> bytes:

@@ -25,7 +25,7 @@ from kvstrata.runtime import messages as wire
 from kvstrata.runtime.addresses import check_address, socket_path
 from kvstrata.runtime.node import Node
 from kvstrata.runtime.process import ProcessWatch
-from kvstrata.runtime.secret import load_secret
+from kvstrata.runtime.secret import node_secret
 from kvstrata.tokens.family import family_key
 from kvstrata.tokens.namespace import namespace_tag
 
@@ -68,7 +68,7 @@ class NodeServer:
         """
         self.address = check_address(address)
         self._config = config
-        self._secret = load_secret(config)
+        self._secret = node_secret(config)
         self._parent = parent
         self._node: Node | None = None
         self._sessions: dict[SessionId, _Session] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from kvstrata.core.config import Limits, TierConfig
@@ -17,7 +18,7 @@ from kvstrata.storage.location import parse_location
 from kvstrata.storage.objects import ObjectStore
 from kvstrata.storage.slab import check_directory
 
-__all__ = ["check_keyed", "keyed_slots", "open_chain", "open_keyed"]
+__all__ = ["check_keyed", "keyed_slots", "lossy_codecs", "open_chain", "open_keyed"]
 
 _ANY_DTYPE: Final = "float32"
 
@@ -58,6 +59,12 @@ def open_keyed(tier: TierConfig, layout: BlockLayout, limits: Limits) -> KeyedSt
 def open_chain(tier: TierConfig, settings: CodecSettings) -> CodecChain:
     """Return what the tier's blocks are written with; raises ConfigError."""
     return make_chain(tier.codec, settings)
+
+
+def lossy_codecs(tiers: Iterable[TierConfig]) -> list[str]:
+    """Return the codecs, by name, that change the numbers of blocks in some of `tiers`."""
+    chains = [open_chain(tier, CodecSettings(_ANY_DTYPE, bytes(32))) for tier in tiers]
+    return sorted({name for chain in chains for name in chain.changes})
 
 
 def keyed_slots(tier: TierConfig, layout: BlockLayout) -> int:

@@ -47,6 +47,11 @@ class CodecChain:
         self.authentic = any(codec.authentic for codec in codecs)
 
     @property
+    def changes(self) -> tuple[str, ...]:
+        """Names of its codecs that change the numbers in a block; empty unless it is lossy."""
+        return tuple(codec.name for codec in self._codecs if codec.lossy)
+
+    @property
     def plain(self) -> bool:
         """Whether blocks are stored as they are."""
         return not self._codecs
