@@ -219,6 +219,12 @@ class TestFp8:
         assert found.within_bound, str(found)
         assert found.relative_max <= RELATIVE_ERROR_MAX
 
+    def test_subnormal_elements_are_rounded_by_their_own_type_too(self):
+        raw = np.array([2.0**-6, 12 * 2.0**-24], np.float16).tobytes()
+        codec = Fp8Codec(CodecSettings("float16"))
+        found = measure_error(codec, memoryview(raw), block_facts(len(raw)))
+        assert found.within_bound, str(found)
+
     def test_the_measurement_says_what_was_lost(self):
         found = measure_error(Fp8Codec(SETTINGS), memoryview(KV), FACTS)
         assert 0.03 < found.relative_max <= RELATIVE_ERROR_MAX

@@ -4,10 +4,12 @@
 
 With s the scale of its group (its largest magnitude / 448), each element x comes back as x' with
 
-    |x - x'| <= max(RELATIVE_ERROR_MAX * |x|, s / 1024 * (1 + RELATIVE_ERROR_MAX))
+    |x - x'| <= max(RELATIVE_ERROR_MAX * |x|, s / 1024 * (1 + RELATIVE_ERROR_MAX)) + t / 2
 
-which `measure_error` checks and prints for real blocks. A block with a NaN or an infinity is not
-encoded. The seal of a block stored this way is over the bytes that come back.
+where t is the smallest number of the element type above zero (2**-24 in float16): what comes back
+is rounded to a multiple of it, which matters to subnormal elements only. `measure_error` checks and
+prints the bound for real blocks. A block with a NaN or an infinity is not encoded. The seal of a
+block stored this way is over the bytes that come back.
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ class Fp8Error:
     """What one block lost."""
 
     relative_max: float
-    """Largest |x - x'| / |x| among elements above their group's smallest step."""
+    """Largest |x - x'| / |x| among normal numbers above their group's smallest step."""
     root_mean_square: float
     """Root of the mean square of x - x', over that of x."""
     within_bound: bool
@@ -144,8 +146,9 @@ def measure_error(codec: Fp8Codec, raw: memoryview, facts: BlockFacts) -> Fp8Err
     scales = np.maximum(padded.reshape(-1, GROUP).max(axis=1) / _CODE_MAX, _TINY)
     floor = np.repeat(scales, GROUP)[: len(before)] * _STEP_MIN
     error, size = np.abs(before - after), np.abs(before)
-    bound = np.maximum(RELATIVE_ERROR_MAX * size, floor * (1 + RELATIVE_ERROR_MAX))
-    counted = size * RELATIVE_ERROR_MAX >= floor
+    normal, subnormal = _smallest(codec._dtype)  # noqa: SLF001
+    bound = np.maximum(RELATIVE_ERROR_MAX * size, floor * (1 + RELATIVE_ERROR_MAX)) + subnormal / 2
+    counted = (size * RELATIVE_ERROR_MAX >= floor) & (size >= normal)
     relative = float((error[counted] / size[counted]).max(initial=0.0))
     power = float(np.sqrt((size**2).mean())) or 1.0
     return Fp8Error(
@@ -176,3 +179,11 @@ def _largest(dtype: Any) -> Any:
     import ml_dtypes
 
     return np.float32(ml_dtypes.finfo(dtype).max)
+
+
+def _smallest(dtype: Any) -> tuple[float, float]:
+    """Return the smallest normal and the smallest subnormal number."""
+    import ml_dtypes
+
+    about = ml_dtypes.finfo(dtype)
+    return float(about.smallest_normal), float(about.smallest_subnormal)
