@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import subprocess
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -72,6 +75,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def loop_device(tmp_path):
+    """Make block devices of so many bytes over files in `tmp_path`; skip where that is forbidden.
+
+    The backing file of `/dev/loopN` is `tmp_path/loop-K.img`, K counting from 0.
+    """
+    made: list[Path] = []
+
+    def make(size_bytes: int) -> Path:
+        backing = tmp_path / f"loop-{len(made)}.img"
+        backing.write_bytes(b"")
+        os.truncate(backing, size_bytes)
+        command = ["losetup", "--show", "--find", str(backing)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no loop devices here ({getattr(error, 'stderr', '') or error})")
+        made.append(Path(done.stdout.strip()))
+        return made[-1]
+
+    yield make
+    for device in made:
+        with contextlib.suppress(OSError):
+            subprocess.run(["losetup", "--detach", str(device)], check=False, timeout=30)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,6 +9,7 @@ import pytest
 from kvstrata.storage.arena import Arena
 from kvstrata.storage.entry import encode_entry
 from kvstrata.storage.slab import Slab
+from kvstrata.storage.stripe import Stripe
 from kvstrata.testing.contracts.tier_store import TierStoreContract
 
 
@@ -19,6 +20,8 @@ class TestArena(TierStoreContract):
 
 
 class TestSlab(TierStoreContract):
+    """A file in a directory."""
+
     durable = True
 
     @pytest.fixture
@@ -29,6 +32,34 @@ class TestSlab(TierStoreContract):
     def write_entry(self):
         def write(store, block):
             line = encode_entry(block, store.grid.block_bytes)
-            os.pwrite(store.region.descriptor, line, store.entry_offset(block.slot))
+            (piece,) = store.region.pieces(store.entry_offset(block.slot), len(line))
+            os.pwrite(piece.region.descriptor, line, piece.offset)
 
         return write
+
+
+class TestSlabOnDevice(TestSlab):
+    """A whole block device."""
+
+    @pytest.fixture
+    def open_store(self, loop_device):
+        device = str(loop_device(1 << 20))
+        return lambda capacity_bytes, layout: Slab.open(device, capacity_bytes, layout)
+
+
+class TestStripe(TestSlab):
+    """Three directories."""
+
+    @pytest.fixture
+    def open_store(self, tmp_path):
+        places = [str(tmp_path / name) for name in "abc"]
+        return lambda capacity_bytes, layout: Stripe.open(places, capacity_bytes, layout)
+
+
+class TestStripeOfDevices(TestSlab):
+    """A directory and two block devices."""
+
+    @pytest.fixture
+    def open_store(self, tmp_path, loop_device):
+        places = [str(tmp_path), *(str(loop_device(1 << 20)) for _ in range(2))]
+        return lambda capacity_bytes, layout: Stripe.open(places, capacity_bytes, layout)

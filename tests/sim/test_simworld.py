@@ -75,6 +75,7 @@ def test_everything_that_is_counted_happens() -> None:
         seen.update({name: getattr(counters, name) for name in counters.__slots__})
     never = [name for name, count in seen.items() if not count]
     assert never == [
+        "lost_blocks",  # devices fail under real nodes: test_storage_stripe.py
         "throttled_quota_blocks",  # has a world of its own: test_tenant_world.py
         *("deleted_blocks", "undeleted_blocks", "adopted_blocks", "probed_blocks"),
         *("found_blocks", "unadopted_blocks"),

@@ -17,6 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvstrata.core.config import NodeConfig, TierConfig
+from kvstrata.core.ids import Holder, SequenceHash, SessionId
+from kvstrata.core.tier import TierKind
+from kvstrata.layout import BlockLayout, Dimension
+from kvstrata.runtime.node import Node
+
 BLOCK_TOKENS = 4
 BLOCK_SHAPE = (3, 5)
 
@@ -171,3 +177,84 @@ def make_blocks() -> Callable[..., Any]:
         return tokens, rng.random((count, *BLOCK_SHAPE), dtype=np.float32)
 
     return make
+
+
+class DiskWorld:
+    """A node over slabs, driven by hand: stores and loads blocks by number."""
+
+    LAYOUT = BlockLayout((Dimension("byte", 6000),), "int8", 8, "test")
+
+    def __init__(self, places, capacity_bytes):
+        tiers = (
+            TierConfig(TierKind.HOST, 1 << 20),
+            TierConfig(TierKind.DISK, capacity_bytes, "|".join(map(str, places))),
+        )
+        self.news = threading.Event()
+        self.node = Node(NodeConfig(tiers), self.LAYOUT, self.news.set)
+        self.requests = 0
+
+    @property
+    def counters(self):
+        return self.node.manager.counters
+
+    @property
+    def disk(self):
+        return self.node.statistics()["tiers"]["disk"]
+
+    def work(self):
+        deadline = time.monotonic() + 20
+        while self.node.manager.pending:
+            self.step()
+            assert time.monotonic() < deadline
+        self.node.work(time.monotonic())
+
+    def step(self):
+        self.node.work(time.monotonic())
+        self.news.wait(0.02)
+        self.news.clear()
+
+    def holder(self):
+        self.requests += 1
+        return Holder(SessionId(1), str(self.requests))
+
+    def key(self, number):
+        return SequenceHash(number.to_bytes(16, "big"))
+
+    def payload(self, number):
+        return (number.to_bytes(8, "big") * 750)[:6000]
+
+    def store(self, number):
+        manager, holder = self.node.manager, self.holder()
+        answer = manager.reserve(holder, None, [self.key(number)], now=time.monotonic())
+        for slot in answer.slots:
+            self.node.arena.slot(slot)[:] = self.payload(number)
+        manager.seal(holder, answer.slots)
+        manager.release(holder)
+        self.work()
+
+    def load(self, number):
+        """Return whether the block is found; what is found must be right."""
+        manager, holder = self.node.manager, self.holder()
+        found = manager.lookup(holder, [self.key(number)], time.monotonic())
+        while found.pending:
+            self.step()
+            found = manager.lookup(holder, [self.key(number)], time.monotonic())
+        answer = manager.acquire(holder, [self.key(number)], time.monotonic())
+        for slot in answer.slots:
+            assert bytes(self.node.arena.slot(slot)) == self.payload(number)
+        manager.release(holder)
+        return answer.blocks == 1
+
+
+@pytest.fixture
+def disk_world():
+    """Make nodes over places and a capacity; each is closed with the test."""
+    made = []
+
+    def make(places, capacity_bytes):
+        made.append(DiskWorld(places, capacity_bytes))
+        return made[-1]
+
+    yield make
+    for world in made:
+        world.node.close()

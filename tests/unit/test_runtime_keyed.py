@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvstrata.core.errors import ConfigError
@@ -237,6 +240,70 @@ def test_behind_a_disk_it_takes_what_the_disk_evicts(connect, make_blocks, tmp_p
         assert client.get(tokens).tobytes() == blocks.tobytes()
         client.wait_idle()
     assert tier_of(client)["hit_blocks"] > 0
+
+
+def test_a_tenant_is_cleared_after_a_restart_too(
+    serve, connect, command, make_blocks, tmp_path
+) -> None:
+    daemon = serve(f"host:256KiB,{shared(tmp_path)}", "a.sock")
+    chains = {name: make_blocks(seed, 4) for seed, name in enumerate(("chat", "batch"))}
+    for name, (tokens, blocks) in chains.items():
+        client = connect(address=daemon.address, tenant=name)
+        client.put(tokens, blocks)
+        client.wait_idle()
+    assert daemon.end() == 0
+    again = serve(f"host:256KiB,{shared(tmp_path)}", "b.sock")
+    client = connect(address=again.address, tenant="chat")
+    client.wait_idle()
+    cleared = command("clear", "--tenant", "batch", "--address", again.address)
+    assert cleared.stdout == "4 blocks forgotten\n"
+    client.wait_idle()
+    assert len(files(tmp_path)) == 4
+    tokens, blocks = chains["chat"]
+    assert client.get(tokens).tobytes() == blocks.tobytes()
+    assert client.lookup(chains["batch"][0]) == 0
+
+
+WRITER = """
+import sys
+import numpy as np
+from kvstrata import Client
+client = Client(block_shape=(3, 5), dtype=np.float32, block_tokens=4, tiers=sys.argv[1])
+print(client.stats()["pid"], flush=True)
+for seed in range(10**6):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 50_000, 32).tolist()
+    client.put(tokens, rng.random((8, 3, 5), dtype=np.float32))
+    print(seed, client.stats()["node"]["counters"]["written_blocks"], flush=True)
+"""
+
+
+@pytest.mark.parametrize("writes", [1, 60, 300])
+def test_killed_while_it_writes_and_evicts(connect, tmp_path, writes) -> None:
+    where = f"host:128KiB,shared:{tmp_path}:1MiB"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, where], stdout=subprocess.PIPE, text=True
+    )
+    with writer:
+        daemon = int(writer.stdout.readline())
+        last, written = -1, 0
+        while written < writes:
+            last, written = map(int, writer.stdout.readline().split())
+        os.kill(daemon, signal.SIGKILL)
+        writer.kill()
+    client = connect(tiers=where)
+    client.wait_idle()
+    assert counters(client)["adopted_blocks"] == min(len(files(tmp_path)), 115)
+    served = 0
+    for seed in range(last + 2):
+        rng = np.random.default_rng(seed)
+        tokens = rng.integers(0, 50_000, 32).tolist()
+        blocks = rng.random((8, 3, 5), dtype=np.float32)
+        found = client.get(tokens)
+        assert found.tobytes() == blocks[: len(found)].tobytes()
+        served += len(found)
+    assert served > 0
+    assert counters(client)["corrupt_blocks"] == 0, "no file is ever torn by a kill"
 
 
 # -- settings --------------------------------------------------------------------------------------

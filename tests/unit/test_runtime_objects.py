@@ -172,6 +172,27 @@ def test_a_server_that_fails_is_misses_within_the_deadline(
             time.sleep(0.3)
 
 
+def test_a_daemon_ends_in_time_although_its_server_says_nothing(
+    serve, connect, make_blocks, bucket, secret, s3_server
+) -> None:
+    proxy = Proxy(s3_server.port)
+    url = bucket.replace(f":{s3_server.port}", f":{proxy.port}")
+    more = ("--secret-file", str(secret), "--staging-timeout-s", "1")
+    daemon = serve(f"host:128KiB,object:{url}:{SIZE}", "a.sock", *more)
+    client = connect(address=daemon.address)
+    tokens, blocks = make_blocks(1, 20)
+    client.put(tokens, blocks)
+    client.wait_idle()
+    client.clear(["host"])
+    proxy.stalled.set()
+    assert client.get(tokens).shape[0] == 0
+    client.put(*make_blocks(2, 6))
+    began = time.monotonic()
+    assert daemon.end() == 0
+    assert time.monotonic() - began < 9.0
+    assert not [line for line in daemon.lines if "Traceback" in line or "Error" in line]
+
+
 @pytest.mark.parametrize("how", ["dead", "stalled", "no bucket"])
 def test_a_server_that_fails_at_the_start_is_an_error_with_a_hint(
     secret, serve, connect, bucket, how

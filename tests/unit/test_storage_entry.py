@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstrata.core.ids import SequenceHash, SlotId
-from kvstrata.storage.base import StoredBlock
+from kvstrata.storage.base import COUNTER_MAX, StoredBlock
 from kvstrata.storage.entry import BLANK_ENTRY, ENTRY_BYTES, decode_entry, encode_entry
 
 HASHES = st.binary(min_size=16, max_size=16)
@@ -20,7 +20,7 @@ BLOCKS = st.builds(
     key=HASHES,
     parent=st.none() | HASHES,
     checksum=HASHES,
-    written=st.integers(0, (1 << 64) - 1),
+    written=st.integers(0, COUNTER_MAX),
     owner=HASHES,
 )
 LENGTHS = st.integers(1, 1 << 30)

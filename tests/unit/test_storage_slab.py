@@ -14,7 +14,8 @@ from kvstrata.core.ids import SequenceHash, SlotId
 from kvstrata.layout import BlockLayout, Dimension
 from kvstrata.storage.base import PAGE_BYTES, StoredBlock
 from kvstrata.storage.entry import BLANK_ENTRY, ENTRY_BYTES, encode_entry
-from kvstrata.storage.slab import SLAB_NAME, Slab, check_directory
+from kvstrata.storage.footing import SLAB_NAME, check_place
+from kvstrata.storage.slab import Slab
 
 CAPACITY = 256 << 10
 
@@ -108,7 +109,7 @@ class TestDirectory:
     def test_below_a_file(self, tmp_path):
         (tmp_path / "plain").touch()
         with pytest.raises(ConfigError, match="Not a directory"):
-            check_directory(str(tmp_path / "plain" / "below"))
+            check_place(str(tmp_path / "plain" / "below"))
 
     def test_slab_that_is_a_directory(self, open_slab, path):
         path.mkdir()
@@ -117,7 +118,7 @@ class TestDirectory:
         assert caught.value.hint
 
     def test_check_leaves_no_trace(self, tmp_path):
-        assert check_directory(str(tmp_path)) == tmp_path
+        assert check_place(str(tmp_path)) == tmp_path
         assert list(tmp_path.iterdir()) == []
 
 
@@ -221,7 +222,7 @@ class TestFloor:
             slab.close()
             slab = open_slab()
             assert slab.recover() == [], f"cleared blocks came back after tear {turn}"
-            assert slab.torn_floors == 1
+            assert slab.torn_floor
 
     def test_a_crash_between_blanking_and_mending_only_repeats_both(self, open_slab, monkeypatch):
         slab = open_slab()

@@ -243,13 +243,13 @@ class TestWrite:
 
     def test_failures_are_counted_by_block_after_a_bad_seal_too(self, gated, run):
         """Ops are numbered by the blocks that are left; `ok` by the blocks of the job."""
-        seals = gated.fill(0, 1, 2, 3)
+        seals = gated.fill(0, 2, 4, 6)  # not neighbours: one op each
         gated.arena.slot(0)[0] ^= 1
-        gated.mover.bad_offsets = {gated.slab.grid.offset(6)}
+        gated.mover.bad_offsets = {gated.slab.grid.offset(8)}
         gated.mover.gate.release(1000)
-        done = run(gated.executor, write_job((0, 1, 2, 3), (4, 5, 6, 7), seals))[1]
+        done = run(gated.executor, write_job((0, 2, 4, 6), (4, 6, 8, 10), seals))[1]
         assert done.ok == (False, True, False, True)
-        assert [each.slot for each in gated.slab.recover()] == [7, 5]
+        assert [each.slot for each in gated.slab.recover()] == [10, 6]
 
     def test_no_index_line_before_the_payload(self, gated, eventually):
         seals = gated.fill(0)
@@ -414,9 +414,9 @@ class TestBounds:
         executor = Executor(
             world.arena, {DISK: world.slab}, world.layout.fingerprint, Limits(), notify=told.release
         )
-        executor.try_submit(read_job((0,), (0,)))
-        assert told.acquire(timeout=10), "the read"
+        executor.try_submit(write_job((0,), (0,), world.fill(0)))
+        assert told.acquire(timeout=10), "the payload"
         assert executor.poll() == []
-        assert told.acquire(timeout=10), "the seal"
-        assert [each.transfer for each in executor.poll()] == [2]
+        assert told.acquire(timeout=10), "its line"
+        assert [each.transfer for each in executor.poll()] == [1]
         executor.close()

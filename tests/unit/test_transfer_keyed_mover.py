@@ -72,11 +72,16 @@ class StuckStore(MemoryKeyedStore):
 class World:
     """A manager, an executor and a keyed tier over a given store, driven by hand."""
 
-    def __init__(self, store, slots: int = 8, chain: str = "none", **more) -> None:
+    def __init__(self, store, slots: int = 8, backlog: int = 1000, **more) -> None:
         self.arena = Arena.create(SLOTS * 4096 + 4096, LAYOUT)
-        end = KeyedEnd(store, make_chain(chain, CodecSettings("float32")), LAYOUT.fingerprint)
+        end = KeyedEnd(store, make_chain("none", CodecSettings("float32")), LAYOUT.fingerprint)
         self.mover = KeyedMover(end, self.arena, threads=4, **more)
-        self.limits = Limits(staging_timeout_s=1.0, rest_s=2.0, delete_retry_s=2.0)
+        self.limits = Limits(
+            staging_timeout_s=1.0,
+            rest_s=2.0,
+            delete_retry_s=2.0,
+            offload_backlog_blocks_max=backlog,
+        )
         self.executor = Executor(
             self.arena, {}, LAYOUT.fingerprint, self.limits, keyed={STORE: self.mover}
         )
@@ -194,6 +199,21 @@ def test_what_could_not_be_deleted_is_tried_again(world) -> None:
     node.now += 3.0
     node.settle()
     assert not inner.blocks
+
+
+def test_what_waits_to_be_deleted_is_bounded_and_what_is_not_is_counted(world) -> None:
+    class Undeletable(MemoryKeyedStore):
+        def delete(self, doomed):
+            raise TransferError(f"{len(doomed)} not now", retryable=True)
+
+    store = Undeletable()
+    node = world(store, slots=2, backlog=1)
+    for number in range(1, 11):
+        node.store(number)
+        node.settle()
+    assert len(store.blocks) == 10
+    assert len(node.tier.doomed) == 3
+    assert node.counters.undeleted_blocks == 5
 
 
 def test_a_failed_read_keeps_the_block_and_lets_the_tier_rest(world) -> None:

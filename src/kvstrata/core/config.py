@@ -16,6 +16,7 @@ __all__ = [
     "BLOCK_TOKENS_DEFAULT",
     "BYPASS_BYTES",
     "NO_CODEC",
+    "PLACE_SEPARATOR",
     "Limits",
     "NodeConfig",
     "TierConfig",
@@ -32,6 +33,9 @@ NO_CODEC: Final = "none"
 BYPASS_BYTES: Final = 256 << 20
 """Size of a host tier that nobody asked for, where blocks wait on their way to lower tiers."""
 
+PLACE_SEPARATOR: Final = "|"
+"""What stands between the directories and devices of one tier."""
+
 _UNITS: Final = {
     "": 1, "b": 1,
     "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
@@ -40,7 +44,8 @@ _UNITS: Final = {
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 _CODEC: Final = re.compile(r"[a-z][a-z0-9_.+-]*")
 _EXAMPLES: Final = {
-    TierKind.DISK: "disk:DIRECTORY:SIZE, for example disk:/var/kv:20GiB",
+    TierKind.DISK: "disk:DIRECTORY:SIZE, for example disk:/var/kv:20GiB, or for several "
+    "disk:/nvme0/kv|/nvme1/kv:4TiB",
     TierKind.SHARED: "shared:DIRECTORY:SIZE, for example shared:/nfs/kv:1TiB",
     TierKind.OBJECT: "object:URL:SIZE, for example object:s3://BUCKET/PREFIX:1TiB",
 }
@@ -56,7 +61,8 @@ class TierConfig:
     capacity_bytes: int
     """Upper bound of the bytes that the tier may take, its own bookkeeping included."""
     directory: str | None = None
-    """Directory of a disk's or a shared tier's files; None for the others."""
+    """Directories and block devices of a disk tier, `|` between them; directory of a shared tier's
+    files; None for the others."""
     admission: Admission = Admission.WRITE_THROUGH
     """Which blocks of the tier above enter it; means nothing for the host tier."""
     bypass: bool = False
@@ -66,6 +72,16 @@ class TierConfig:
     """Where an object tier is (`storage/location.py`); None for the others."""
     codec: str = NO_CODEC
     """For a shared or an object tier: what its blocks are written with, as `zstd+aes`."""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where a disk tier's bytes are: one directory or device, or several to stripe over.
+
+        Empty for every other tier.
+        """
+        if self.kind is not TierKind.DISK or self.directory is None:
+            return ()
+        return tuple(self.directory.split(PLACE_SEPARATOR))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +117,8 @@ class Limits:
     """By which share of its own time loading must be faster than computing."""
     cost_probe_interval_s: float = 10.0
     """How long a tier that is too slow is left alone before a few blocks are read to see again."""
-    transfer_threads: int = 2
-    """Threads that move bytes to and from disk."""
+    transfer_threads: int = 8
+    """Threads that move bytes to and from disk: as many operations are under way at once."""
     keyed_threads: int = 16
     """Threads for each shared or object tier: as many requests are under way at once."""
     object_timeout_s: float = 10.0
@@ -188,8 +204,9 @@ def parse_bytes(text: str, *, field: str) -> int:
 
 
 def parse_tiers(text: str) -> tuple[TierConfig, ...]:
-    """Return the tiers of `[host:SIZE[:bypass],]disk:DIRECTORY:SIZE[:ADMISSION],...`, host first.
+    """Return the tiers of `[host:SIZE[:bypass],]disk:PLACES:SIZE[:ADMISSION],...`, host first.
 
+    Places are directories or block devices, `|` between them; over several the tier is striped.
     Besides `disk` there are `shared:DIRECTORY:SIZE` and `object:URL:SIZE`, both with a codec chain
     behind the size if wanted. A list that begins below the host gets a host of `BYPASS_BYTES` that
     is bypassed. Raises
@@ -204,11 +221,11 @@ def parse_tiers(text: str) -> tuple[TierConfig, ...]:
         )
     if found[0].kind is not TierKind.HOST:
         found.insert(0, TierConfig(TierKind.HOST, BYPASS_BYTES, bypass=True))
-    places = [place for tier in found if (place := tier.directory or tier.url)]
-    if twice := [place for place in places if places.count(place) > 1]:
+    places = [place for tier in found for place in (tier.places or (tier.directory or tier.url,))]
+    if twice := [place for place in places if place and places.count(place) > 1]:
         raise ConfigError(
             f"tiers: two tiers would keep their files in {twice[0]!r}",
-            hint="give each tier a directory or URL of its own",
+            hint="give each tier a directory or URL of its own, and name each once",
         )
     if found[0].bypass and (len(found) == 1 or found[1].admission is not Admission.WRITE_THROUGH):
         raise ConfigError(
@@ -240,7 +257,8 @@ def _parse_lower(kind: TierKind, text: str, rest: str) -> TierConfig:
     if kind.keyed and _CODEC.fullmatch(size) and _SIZE.fullmatch(place.rpartition(":")[2]):
         codec = size
         place, _, size = place.rpartition(":")
-    if not place:
+    places = place.split(PLACE_SEPARATOR) if kind is TierKind.DISK else [place]
+    if not all(each.strip() for each in places):
         what = "URL" if kind is TierKind.OBJECT else "directory"
         raise ConfigError(
             f"tiers.{kind.value}: {text!r} names no {what}", hint=f"write {_EXAMPLES[kind]}"

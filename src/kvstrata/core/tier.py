@@ -22,7 +22,7 @@ class TierKind(Enum):
     HOST = "host"
     """Shared memory."""
     DISK = "disk"
-    """One preallocated file in a directory."""
+    """Preallocated files in directories, or whole block devices."""
     SHARED = "shared"
     """A directory of files, one a block, that several daemons may share."""
     OBJECT = "object"

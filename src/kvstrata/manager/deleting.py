@@ -8,6 +8,7 @@ the daemon runs: a clear is whole once nothing is left to delete.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from itertools import islice
 from typing import Final
 
 from kvstrata.core.ids import SequenceHash, TransferId
@@ -59,8 +60,8 @@ class Deleting:
         for tier in self._state.lower:
             running = sum(job.tier == tier.name for job in self._jobs.values())
             while tier.doomed and running < _JOBS_MAX and self._state.now >= tier.delete_after:
-                keys = list(tier.doomed)[:KEYS_MAX] if len(tier.doomed) > KEYS_MAX else tier.doomed
-                job = EraseJob(self._state.next_transfer(), tier.name, (), tuple(keys))
+                keys = tuple(islice(tier.doomed, KEYS_MAX))
+                job = EraseJob(self._state.next_transfer(), tier.name, (), keys)
                 self.spare(tier, job.keys)
                 self._jobs[job.transfer] = job
                 self._state.outbox.insert(0, job)  # it makes room for what is written

@@ -27,8 +27,8 @@ class Departure:
     """How a block left the tiers, or failed to be there."""
 
     what: str
-    """`evicted`, `cleared`, `corrupt`, `read failed`, `seal failed`, `not stored, no slot free`,
-    `not stored, quota`, `time to live ended`."""
+    """`evicted`, `cleared`, `corrupt`, `read failed`, `lost`, `seal failed`,
+    `not stored, no slot free`, `not stored, quota`, `time to live ended`."""
     tier: TierName
     """Where."""
     at: float

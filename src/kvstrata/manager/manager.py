@@ -281,6 +281,17 @@ class Manager:
         self._offloading.discard_some(self._offloading.owned_by(owners) | everywhere)
         return self._withdraw_all(host_keys, below)
 
+    def lose(self, tier: TierName, slots: Sequence[SlotId]) -> None:
+        """Withdraw what lies in `slots` of a lower tier: their device can neither read nor write.
+
+        No index line is blanked, for the same reason; a start that can read them again may find
+        the blocks again.
+        """
+        lower = self._state.tier(tier)
+        keys = [key for key in map(lower.pool.hash_of, slots) if key is not None]
+        self._state.left(keys, "lost", tier)
+        self._state.counters.lost_blocks += len(lower.pool.withdraw(keys))
+
     # -- why -----------------------------------------------------------------------------------
 
     def note_family(self, family: Family, namespace: bytes) -> None:

@@ -41,6 +41,8 @@ class Counters:
     """Blocks read whose seal did not match; withdrawn, never served."""
     read_failed_blocks: int = 0
     """Blocks that could not be read; withdrawn from the tier that had them."""
+    lost_blocks: int = 0
+    """Blocks on a device that failed so often that it is left alone; withdrawn."""
     write_failed_blocks: int = 0
     """Blocks that could not be written to a tier; they stay where they are."""
     seal_failed_blocks: int = 0

@@ -435,6 +435,19 @@ class Pool:
             if not self._pins[slot]:
                 self._free_now([slot])
 
+    def retire(self, slots: Iterable[SlotId]) -> list[SlotId]:
+        """Take those of `slots` that are free out of use for good; return the others."""
+        slots = list(slots)
+        lost = [slot for slot in slots if self._state[slot] == _FREE]
+        gone = set(lost)
+        if lost:
+            self._owners.meet(0)
+            self._move(lost, _FREE, _FILLING)
+            self._free = [slot for slot in self._free if slot not in gone]
+            self._owners.take(lost, 0)
+            self.quarantine_filling(lost)  # and nobody ends it
+        return [slot for slot in slots if slot not in gone]
+
     # -- looking -------------------------------------------------------------------------------
 
     def statistics(self) -> PoolStatistics:

@@ -25,8 +25,8 @@ from kvstrata.runtime.addresses import check_address, lock_path, socket_path
 from kvstrata.runtime.process import ProcessWatch
 from kvstrata.runtime.server import NodeServer
 from kvstrata.storage.arena import check_host_size
+from kvstrata.storage.footing import check_place
 from kvstrata.storage.opening import check_keyed
-from kvstrata.storage.slab import check_directory
 
 __all__ = ["PrivateOrder", "ReadyLine", "check", "main", "serve"]
 
@@ -73,8 +73,8 @@ def check(config: NodeConfig) -> None:
     for tier in config.lower.values():
         if tier.kind.keyed:
             check_keyed(tier)
-        elif tier.directory:
-            check_directory(tier.directory)
+        for place in tier.places:
+            check_place(place)
 
 
 def serve(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from kvstrata.core.config import Limits, NodeConfig, tier_names
+from kvstrata.core.errors import CallRefusedError
 from kvstrata.core.ids import SequenceHash
 from kvstrata.core.tier import HOST, TierName
 from kvstrata.layout import BlockLayout
@@ -16,10 +17,12 @@ from kvstrata.manager import Costs, LowerTier, Manager
 from kvstrata.manager.tenants import Tenants
 from kvstrata.pool import Pool
 from kvstrata.runtime.keyed import KeyedTiers
+from kvstrata.runtime.losing import Losing
 from kvstrata.storage.arena import Arena
 from kvstrata.storage.keyed import KeyedStore
 from kvstrata.storage.opening import keyed_slots, open_keyed
-from kvstrata.storage.slab import Slab
+from kvstrata.storage.slab import Slab, without_collector
+from kvstrata.storage.stripe import Stripe, open_slab
 from kvstrata.transfer.base import Job
 from kvstrata.transfer.executor import Executor
 
@@ -42,20 +45,25 @@ class Node:
         """
         self.layout = layout
         with contextlib.ExitStack() as opened:
-            self._slabs: dict[TierName, Slab] = {}
+            self._slabs: dict[TierName, Slab | Stripe] = {}
             stores: dict[TierName, KeyedStore] = {}
             for name, tier in config.lower.items():
                 if tier.kind.keyed:
                     store = open_keyed(tier, layout, config.limits)
                     stores[name] = opened.enter_context(contextlib.closing(store))
                     continue
-                assert tier.directory is not None, "a disk tier without a directory"
-                slab = Slab.open(tier.directory, tier.capacity_bytes, layout)
+                assert tier.places, "a disk tier without a directory"
+                slab = open_slab(tier.places, tier.capacity_bytes, layout)
                 self._slabs[name] = opened.enter_context(contextlib.closing(slab))
             self.arena = Arena.create(config.host.capacity_bytes, layout)
             opened.callback(self.arena.close)
             self._policy = config.policy
             self.manager = self._make_manager(config)
+            self._losing = {
+                tier.name: Losing(tier, self._slabs[tier.name])
+                for tier in self._lower
+                if tier.name in self._slabs
+            }
             self._keyed = KeyedTiers(
                 config, layout, stores, self.arena, self.manager, secret, notify=notify
             )
@@ -101,8 +109,9 @@ class Node:
             self._make_costs(config.limits),
             bypass=config.host.bypass,
         )
-        for name, slab in self._slabs.items():
-            manager.recover(slab.recover(), slab.floor, name)
+        with without_collector():
+            for name, slab in self._slabs.items():
+                manager.recover(slab.recover(), slab.floor, name)
         return manager
 
     def _make_costs(self, limits: Limits) -> Costs | None:
@@ -121,6 +130,8 @@ class Node:
             self._executor.cancel(transfer)
         for done in self._executor.poll():
             self.manager.complete(done)
+        for losing in self._losing.values():
+            losing.look(self.manager)
         self._keyed.adopt()
         self._waiting += self.manager.step(now)
         while self._waiting and self._executor.try_submit(self._waiting[0]):
@@ -132,11 +143,20 @@ class Node:
         return [HOST, *(tier.name for tier in self._lower)]
 
     def clear(self, tiers: Collection[TierName]) -> int:
-        """Forget every block in `tiers`, for a restart too; return how many there were."""
+        """Forget every block in `tiers`, for a restart too; return how many there were.
+
+        Raises CallRefusedError if a disk does not take note of it.
+        """
         count = self.manager.clear(tiers)
         for name, slab in self._slabs.items():
             if name in tiers:
-                slab.forget_until(self.manager.written(name))
+                try:
+                    slab.forget_until(self.manager.written(name))
+                except OSError as error:
+                    raise CallRefusedError(
+                        f"tiers: {name} is cleared, but its disk did not take note of it "
+                        f"({error.strerror}): a restart may find the blocks again"
+                    ) from error
         self._keyed.cleared(tiers)
         return count
 
@@ -183,6 +203,7 @@ class Node:
             | {
                 tier.name: dataclasses.asdict(tier.pool.statistics())
                 | {"hit_blocks": tier.hit_blocks, "admission": tier.admission.value}
+                | self._disk_statistics(tier.name)
                 | self._keyed.statistics(tier.name)
                 for tier in self._lower
             },
@@ -191,6 +212,11 @@ class Node:
     def _host_statistics(self) -> dict[str, Any]:
         hits = self.manager.counters.hit_blocks_host
         return dataclasses.asdict(self._host.statistics()) | {"hit_blocks": hits}
+
+    def _disk_statistics(self, name: TierName) -> dict[str, Any]:
+        if name not in self._slabs:
+            return {}
+        return {"lost": self._losing[name].slots, "devices": self._slabs[name].statistics()}
 
     def close(self) -> None:
         """Stop moving bytes and give everything back; what was written stays."""

@@ -11,6 +11,7 @@ from blake3 import blake3
 from kvstrata.core.config import NodeConfig
 from kvstrata.core.errors import ConfigError
 from kvstrata.core.tier import TierKind
+from kvstrata.storage.footing import is_device
 from kvstrata.storage.opening import lossy_codecs
 
 __all__ = ["SECRET_NAME", "load_secret", "node_secret"]
@@ -42,21 +43,23 @@ def load_secret(config: NodeConfig) -> bytes:
     """
     if config.secret_file is not None:
         return _read(Path(config.secret_file), "secret_file")
-    kinds = {tier.kind for tier in config.tiers}
-    kept = [
-        tier
-        for kind in (TierKind.DISK, TierKind.SHARED)
-        for tier in config.tiers
-        if tier.kind is kind
-    ]
-    if not kept and TierKind.OBJECT in kinds:
+    kept = [(place, "tiers.disk") for tier in config.tiers for place in tier.places]
+    shared = [tier.directory for tier in config.tiers if tier.kind is TierKind.SHARED]
+    kept += [(place, "tiers.shared") for place in shared if place]
+    files = [each for each in kept if not is_device(each[0])]
+    if not files and any(tier.kind is TierKind.OBJECT for tier in config.tiers):
         raise ConfigError(
             "secret_file: an object tier needs a secret that outlives this daemon",
             hint="head -c 32 /dev/urandom > FILE; chmod 600 FILE, and name it with --secret-file",
         )
-    if not kept or kept[0].directory is None:
+    if kept and not files:
+        raise ConfigError(
+            f"secret_file: device {kept[0][0]!r} holds no files, so the secret has no place",
+            hint="head -c 32 /dev/urandom > FILE; chmod 600 FILE, and name it with --secret-file",
+        )
+    if not files:
         return os.urandom(_SECRET_BYTES)
-    directory, field = kept[0].directory, f"tiers.{kept[0].kind.value}"
+    directory, field = files[0]
     path = Path(directory).expanduser() / SECRET_NAME
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:

@@ -113,7 +113,7 @@ class Arena:
     @property
     def region(self) -> MemoryRegion:
         """The whole mapping."""
-        return MemoryRegion(self._view)
+        return MemoryRegion(self._view, page_aligned=True)
 
     @property
     def grid(self) -> SlotGrid:

@@ -13,10 +13,10 @@ from kvstrata.storage.base import PAGE_BYTES, align
 from kvstrata.storage.codecs import CodecChain, CodecSettings, make_chain
 from kvstrata.storage.directory import DirectoryLimits, DirectoryStore
 from kvstrata.storage.envelope import HEADER_BYTES
+from kvstrata.storage.footing import check_directory
 from kvstrata.storage.keyed import KeyedStore
 from kvstrata.storage.location import parse_location
 from kvstrata.storage.objects import ObjectStore
-from kvstrata.storage.slab import check_directory
 
 __all__ = ["check_keyed", "keyed_slots", "lossy_codecs", "open_chain", "open_keyed"]
 

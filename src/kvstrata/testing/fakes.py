@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvstrata.core.ids import TransferId
-from kvstrata.storage.base import FileRegion, MemoryRegion
+from kvstrata.storage.base import FileRegion, MemoryRegion, StripedRegion
 from kvstrata.transfer.base import Completion, CopyOp, Outcome, TransferBackend
+from kvstrata.transfer.sealed import SealedMemory
 
 __all__ = ["Faults", "FaultyBackend"]
 
@@ -41,8 +42,10 @@ class FaultyBackend:
 
     def submit(self, transfer: TransferId, ops: Sequence[CopyOp], source: Any, target: Any) -> bool:
         """Hand the transfer on, some of its writes torn."""
-        handed = [self._torn(op) for op in ops] if isinstance(target, FileRegion) else ops
-        accepted = self._inner.submit(transfer, handed, source, target)
+        files = isinstance(target, FileRegion | StripedRegion)
+        handed = [self._torn(op) for op in ops] if files else ops
+        plain = target.region if isinstance(target, SealedMemory) else target
+        accepted = self._inner.submit(transfer, handed, source, plain)
         if accepted:
             self._ops[transfer] = (ops, target)
         return accepted
@@ -79,9 +82,12 @@ class FaultyBackend:
         for index, op in enumerate(ops):
             if self._luck.random() < self._faults.fail:
                 failed.add(index)
-            if self._luck.random() < self._faults.flip and isinstance(target, MemoryRegion):
+            memory = target.region if isinstance(target, SealedMemory) else target
+            if self._luck.random() < self._faults.flip and isinstance(memory, MemoryRegion):
                 place = op.target_offset + self._luck.randrange(op.length)
-                target.view[place] ^= 1 << self._luck.randrange(8)
+                memory.view[place] ^= 1 << self._luck.randrange(8)
+            if isinstance(target, SealedMemory) and index not in completion.failed_ops:
+                target.seal(op, op.target_offset)  # as spoilt: nobody moves it after us
         if failed == set(completion.failed_ops):
             return completion
         reason = completion.reason or "a fault was ordered"

@@ -1,9 +1,11 @@
 """Carries out the brain's jobs: each is a short list of stages, each stage one backend transfer.
 
     seal    seal the host blocks
-    read    file -> host            then seal what arrived (the brain compares)
-    write   seal the host blocks, drop those that differ; host -> file; index lines -> file
+    read    file -> host, sealing what arrived (the brain compares)
+    write   seal the host blocks, drop those that differ, host -> file; index lines -> file
     erase   blank index lines -> file
+
+A mover that cannot seal on the way has it done in a stage of its own, after or before its own.
 
 Owner: the daemon's one thread. Queues are bounded by `jobs_max`; a job that does not fit is
 refused and the brain keeps it. Each accepted job ends in exactly one `JobDone`. Deadlines are the
@@ -13,16 +15,17 @@ brain's: it stops waiting and quarantines the target, and still gets the JobDone
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import SequenceHash, TransferId
 from kvstrata.core.tier import TierName
 from kvstrata.storage.arena import Arena
-from kvstrata.storage.base import NOBODY, MemoryRegion, StoredBlock
+from kvstrata.storage.base import NOBODY, MemoryRegion, SlotGrid, StoredBlock
 from kvstrata.storage.entry import BLANK_ENTRY, ENTRY_BYTES, encode_entry
 from kvstrata.storage.slab import Slab
+from kvstrata.storage.stripe import Stripe
 from kvstrata.transfer.backends.posix import PosixBackend
 from kvstrata.transfer.backends.sealer import SealerBackend, SealRequest
 from kvstrata.transfer.base import (
@@ -39,7 +42,8 @@ from kvstrata.transfer.base import (
     WriteJob,
 )
 from kvstrata.transfer.keyed import KeyedMover
-from kvstrata.transfer.plan import plan_copy
+from kvstrata.transfer.plan import OP_BYTES_MAX, plan_copy
+from kvstrata.transfer.sealed import SEALED_READ, SEALED_WRITE, SealedMemory
 
 __all__ = ["Executor"]
 
@@ -60,7 +64,7 @@ class Executor:
     def __init__(  # noqa: PLR0913  # each kind of tier and of backend by its own name
         self,
         arena: Arena,
-        slabs: Mapping[TierName, Slab],
+        slabs: Mapping[TierName, Slab | Stripe],
         fingerprint: bytes,
         limits: Limits,
         *,
@@ -83,6 +87,7 @@ class Executor:
         self._sealer: TransferBackend = SealerBackend(
             threads=limits.checksum_threads, queue_transfers_max=jobs_max, notify=notify
         )
+        self._fuses = {SEALED_READ, SEALED_WRITE} <= self._mover.capabilities()
         self._running: dict[TransferId, _Running] = {}
         self._closed = False
 
@@ -100,9 +105,10 @@ class Executor:
             case SealJob():
                 running.stages = [self._seal]
             case ReadJob():
-                running.stages = [self._read, self._seal]
+                running.stages = [self._read] if self._fuses else [self._read, self._seal]
             case WriteJob():
-                running.stages = [self._seal, self._write, self._write_entries]
+                before = [] if self._fuses else [self._seal]
+                running.stages = [*before, self._write, self._write_entries]
             case EraseJob():
                 running.stages = [self._erase]
         self._running[job.transfer] = running
@@ -191,8 +197,11 @@ class Executor:
         assert isinstance(job, ReadJob)
         slab = self._slabs[job.tier]
         pairs = list(zip(job.sources, job.slots, strict=True))
-        running.ops = plan_copy(pairs, slab.grid, self._arena.grid)
-        return self._mover.submit(job.transfer, running.ops, slab.region, self._arena.region)
+        running.ops = plan_copy(
+            pairs, _pages(slab.grid), _pages(self._arena.grid), op_bytes_max=_op_bytes_max(slab)
+        )
+        target = self._sealed(running, job.keys) if self._fuses else self._arena.region
+        return self._mover.submit(job.transfer, running.ops, slab.region, target)
 
     def _write(self, running: _Running) -> bool:
         job = running.job
@@ -200,12 +209,23 @@ class Executor:
         slab = self._slabs[job.tier]
         chosen = [index for index, ok in enumerate(running.ok) if ok]
         pairs = [(job.slots[index], job.targets[index]) for index in chosen]
+        grids = _pages(self._arena.grid), _pages(slab.grid)
         if len(chosen) == len(job.slots):
-            running.ops = plan_copy(pairs, self._arena.grid, slab.grid)
+            running.ops = plan_copy(pairs, *grids, op_bytes_max=_op_bytes_max(slab))
         else:  # one op a block: its number in the plan is not its number in the job
-            planned = plan_copy(pairs, self._arena.grid, slab.grid, op_bytes_max=1)
+            planned = plan_copy(pairs, *grids, op_bytes_max=1)
             running.ops = [_renumber(op, chosen[op.first]) for op in planned]
+        if self._fuses:
+            source = self._sealed(running, job.keys, job.checksums)
+            return self._mover.submit(job.transfer, running.ops, source, slab.region)
         return self._mover.submit(job.transfer, running.ops, self._arena.region, slab.region)
+
+    def _sealed(
+        self, running: _Running, keys: tuple[SequenceHash, ...], expected: tuple[bytes, ...] = ()
+    ) -> SealedMemory:
+        running.seals = [b""] * len(keys)
+        bindings = tuple(map(self._binding, keys))
+        return SealedMemory(self._arena.region, self._arena.grid, bindings, running.seals, expected)
 
     def _write_entries(self, running: _Running) -> bool:
         job = running.job
@@ -237,7 +257,11 @@ class Executor:
         return self._submit_lines(running, slab, job.targets, lines)
 
     def _submit_lines(
-        self, running: _Running, slab: Slab, targets: tuple[int, ...], lines: dict[int, bytes]
+        self,
+        running: _Running,
+        slab: Slab | Stripe,
+        targets: tuple[int, ...],
+        lines: dict[int, bytes],
     ) -> bool:
         buffer = MemoryRegion(memoryview(bytearray(b"".join(lines.values()))))
         running.ops = [
@@ -249,3 +273,15 @@ class Executor:
 
 def _renumber(op: CopyOp, first: int) -> CopyOp:
     return CopyOp(op.source_offset, op.target_offset, op.length, first, op.count)
+
+
+def _pages(grid: SlotGrid) -> SlotGrid:
+    """Return `grid` as one of whole pages: only they can move past the page cache.
+
+    What lies behind a block in its last page moves along and means nothing.
+    """
+    return replace(grid, block_bytes=grid.stride_bytes)
+
+
+def _op_bytes_max(slab: Slab | Stripe) -> int:
+    return OP_BYTES_MAX if slab.merges else 1

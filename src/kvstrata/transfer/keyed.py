@@ -69,7 +69,7 @@ class KeyedMover:
         *,
         threads: int = 16,
         jobs_max: int = 1024,
-        close_timeout_s: float = 2.0,
+        close_timeout_s: float = 1.0,
         notify: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the workers: `threads` that read, half as many that write and delete.

@@ -40,7 +40,7 @@ class ServeSettings(BaseSettings):
     """Whether a hit is loaded only as far as that is faster than computing it; else all of it."""
     cost_margin: float = Field(default=0.1, ge=0, le=100)
     """By which share of its own time loading must be faster than computing."""
-    transfer_threads: int = Field(default=2, ge=1, le=64)
+    transfer_threads: int = Field(default=8, ge=1, le=64)
     """Threads that move bytes to and from disk."""
     checksum_threads: int = Field(default=1, ge=1, le=64)
     """Threads that compute block checksums."""

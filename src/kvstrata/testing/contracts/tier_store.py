@@ -163,11 +163,17 @@ def _write(store: TierStore, slot: int, data: bytes) -> None:
     if isinstance(region, MemoryRegion):
         region.view[start : start + len(data)] = data
     else:
-        assert os.pwrite(region.descriptor, data, start) == len(data)
+        for piece in region.pieces(start, len(data)):
+            assert os.pwrite(piece.region.descriptor, data[: piece.length], piece.offset)
+            data = data[piece.length :]
+        assert not data, "the slot is not all there"
 
 
 def _read(store: TierStore, slot: int) -> bytes:
     region, start, length = store.region, store.grid.offset(slot), store.grid.block_bytes
     if isinstance(region, MemoryRegion):
         return bytes(region.view[start : start + length])
-    return os.pread(region.descriptor, length, start)
+    return b"".join(
+        os.pread(piece.region.descriptor, piece.length, piece.offset)
+        for piece in region.pieces(start, length)
+    )

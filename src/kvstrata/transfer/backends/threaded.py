@@ -1,8 +1,9 @@
 """A backend that runs its ops on threads of its own; `memcpy`, `posix` and `sealer` build on it.
 
-Concurrency: `threads` workers named `kvstrata-<name>-<n>` take whole transfers from one queue of
-at most `queue_transfers_max`; completions go back through a SimpleQueue that only the owner
-polls. One lock guards the set of cancelled transfers. `close` stops and joins the workers.
+Concurrency: `threads` workers named `kvstrata-<name>-<n>` share the ops of the transfer that has
+waited longest, at most `queue_transfers_max` of which have ops that nobody has begun; completions
+go back through a SimpleQueue that only the owner polls. One lock guards the transfers; no op runs
+under it. `close` stops and joins the workers.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import queue
 import signal
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from kvstrata.core.errors import TransferError
 from kvstrata.core.ids import TransferId
@@ -24,11 +27,22 @@ __all__ = ["ThreadedBackend"]
 log = logging.getLogger("kvstrata.transfer")
 
 
-class _Work(NamedTuple):
+_SHARE_BYTES: Final = 256 << 10
+"""A worker takes so many bytes of a transfer at once: a dozen index lines are not worth a dozen
+wake-ups, and one large block is."""
+
+
+@dataclass(slots=True)
+class _Work:
     transfer: TransferId
     ops: Sequence[CopyOp]
     source: Any
     target: Any
+    begun: int = 0  # ops given to workers
+    workers: int = 0
+    failed: list[int] = field(default_factory=list)
+    reason: str = ""
+    cancelled: bool = False  # with ops that were never begun
 
 
 class ThreadedBackend(ABC):
@@ -45,11 +59,13 @@ class ThreadedBackend(ABC):
     ) -> None:
         """Start the workers. `notify` is called from a worker after each completion."""
         self._notify = notify
-        self._queue: queue.Queue[_Work | None] = queue.Queue(queue_transfers_max)
+        self._queue_transfers_max = queue_transfers_max
+        self._queue: deque[_Work] = deque()
         self._done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
         self._waiting: set[TransferId] = set()
         self._cancelled: set[TransferId] = set()
         self._lock = threading.Lock()
+        self._news = threading.Condition(self._lock)
         self._closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"kvstrata-{self.name}-{index}", daemon=True)
@@ -68,17 +84,13 @@ class ThreadedBackend(ABC):
 
     def submit(self, transfer: TransferId, ops: Sequence[CopyOp], source: Any, target: Any) -> bool:
         """Queue the transfer, or return False if the queue is full or we are closed."""
-        if self._closed:
-            return False
         with self._lock:
+            if self._closed or len(self._queue) >= self._queue_transfers_max:
+                return False
             assert transfer not in self._waiting, f"{transfer=} is already under way"
             self._waiting.add(transfer)
-        try:
-            self._queue.put_nowait(_Work(transfer, ops, source, target))
-        except queue.Full:
-            with self._lock:
-                self._waiting.discard(transfer)
-            return False
+            self._queue.append(_Work(transfer, ops, source, target))
+            self._news.notify()
         return True
 
     def poll(self) -> list[Completion]:
@@ -96,36 +108,66 @@ class ThreadedBackend(ABC):
 
     def close(self) -> None:
         """Cancel what waits, let what runs finish, stop the workers."""
-        if self._closed:
-            return
-        self._closed = True
         with self._lock:
+            if self._closed:
+                return
+            self._closed = True
             self._cancelled |= self._waiting
-        for _ in self._threads:
-            self._queue.put(None)
+            self._news.notify_all()
         for thread in self._threads:
             thread.join()
 
     def _run(self) -> None:
         # A signal taken by this thread would not wake the owner's poll, which has to act on it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-        while (work := self._queue.get()) is not None:
-            completion = self._carry_out(work)
+        while (taken := self._take()) is not None:
+            work, first, end = taken
+            failed, reason = self._carry_out(work, range(first, end))
             with self._lock:
-                self._waiting.discard(work.transfer)
-                self._cancelled.discard(work.transfer)
-            self._done.put(completion)
-            self._notify()
+                work.workers -= 1
+                work.failed += failed
+                work.reason = work.reason or reason
+                ended = not work.workers and work.begun == len(work.ops)
+                if ended:
+                    self._waiting.discard(work.transfer)
+                    self._cancelled.discard(work.transfer)
+            if ended:
+                self._done.put(_completion(work))
+                self._notify()
 
-    def _carry_out(self, work: _Work) -> Completion:
+    def _take(self) -> tuple[_Work, int, int] | None:
+        """Wait for a share of the oldest transfer that has one; None when there is no more."""
+        with self._lock:
+            while not self._queue:
+                if self._closed:
+                    return None
+                self._news.wait()
+            work = self._queue[0]
+            first = end = work.begun
+            if work.transfer in self._cancelled:
+                work.cancelled = first < len(work.ops)
+                end = first = len(work.ops)
+            size = 0
+            while end < len(work.ops) and size < _SHARE_BYTES:
+                size += work.ops[end].length
+                end += 1
+            work.begun = end
+            work.workers += 1
+            if end == len(work.ops):
+                self._queue.popleft()
+            if self._queue:
+                self._news.notify()
+            return work, first, end
+
+    def _carry_out(self, work: _Work, share: range) -> tuple[list[int], str]:
         failed: list[int] = []
         reason = ""
-        for index, op in enumerate(work.ops):
+        for index in share:
             if work.transfer in self._cancelled:
-                every = tuple(range(len(work.ops)))
-                return Completion(work.transfer, Outcome.CANCELLED, every, "cancelled")
+                work.cancelled = True
+                break
             try:
-                self.move(op, work.source, work.target)
+                self.move(work.ops[index], work.source, work.target)
             except (OSError, TransferError) as error:
                 failed.append(index)
                 reason = reason or str(error)
@@ -133,5 +175,12 @@ class ThreadedBackend(ABC):
                 log.exception("%s backend failed unexpectedly", self.name)
                 failed.append(index)
                 reason = reason or f"{type(error).__name__}: {error}"
-        outcome = Outcome.FAILED if failed else Outcome.DONE
-        return Completion(work.transfer, outcome, tuple(failed), reason)
+        return failed, reason
+
+
+def _completion(work: _Work) -> Completion:
+    if work.cancelled:
+        every = tuple(range(len(work.ops)))
+        return Completion(work.transfer, Outcome.CANCELLED, every, "cancelled")
+    outcome = Outcome.FAILED if work.failed else Outcome.DONE
+    return Completion(work.transfer, outcome, tuple(sorted(work.failed)), work.reason)
