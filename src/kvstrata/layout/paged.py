@@ -6,6 +6,9 @@ tokens` pages of every layer and is stored as `[layer, page, head, token, channe
 
     engine   layer 0: | page 0 | page 1 | page 2 | ...      layer 1: | page 0 | page 1 | ...
     block    | layer 0: page a, page b | layer 1: page a, page b | ... |   (one contiguous run)
+
+Where workers split the heads, a block holds such a run of each, in the order of their ranks: it is
+whole once all of them have written theirs.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ class PagedCache:
     """Elements of one token in one head, K and V together."""
     dtype: str
     """Element type, a key of `DTYPE_BYTES`."""
+    ranks: int = 1
+    """Workers that split the model's heads."""
 
     @property
     def page_bytes(self) -> int:
@@ -53,6 +58,7 @@ class PagedCache:
         """Return the layout in which blocks of this cache are stored."""
         return BlockLayout(
             dimensions=(
+                *((Dimension("rank", self.ranks),) if self.ranks > 1 else ()),
                 Dimension("layer", self.layers),
                 Dimension("page", self.pages_per_block(block_tokens)),
                 Dimension("head", self.heads),

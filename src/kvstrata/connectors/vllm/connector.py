@@ -10,6 +10,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -162,7 +163,7 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
         """Check and take the engine's caches; raises LayoutError for unknown ones."""
         assert self._worker is not None
         (group,) = self._kv_cache_config.kv_cache_groups
-        self._worker.register(kv_caches, group.layer_names)
+        self._worker.register(kv_caches, group.layer_names, get_tensor_model_parallel_rank())
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Carry out the step's loads."""

@@ -41,6 +41,7 @@ def paged_cache(config: VllmConfig, kv_cache_config: KVCacheConfig) -> PagedCach
         page_tokens=spec.block_size,
         channels=spec.head_size + spec.head_size_v,
         dtype=str(spec.dtype).removeprefix("torch."),
+        ranks=config.parallel_config.tensor_parallel_size,
     )
 
 
@@ -56,7 +57,6 @@ def _refuse_version() -> None:
 def _refuse_parallel(config: VllmConfig) -> None:
     parallel = config.parallel_config
     for name in (
-        "tensor_parallel_size",
         "pipeline_parallel_size",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",
@@ -64,8 +64,8 @@ def _refuse_parallel(config: VllmConfig) -> None:
         size = getattr(parallel, name, 1)
         if size != 1:
             raise LayoutError(
-                f"{name} is {size}; kvstrata serves engines of one worker",
-                hint=f"set {name} to 1, or run without the connector",
+                f"{name} is {size}; kvstrata serves engines whose workers split heads only",
+                hint=f"set {name} to 1, use tensor_parallel_size, or run without the connector",
             )
     if config.speculative_config is not None:
         raise LayoutError(

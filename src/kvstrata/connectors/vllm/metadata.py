@@ -97,15 +97,32 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
     """Bytes copied into the engine's pages."""
     copied_s: float = 0.0
     """How long that took."""
+    workers: int = 1
+    """How many workers' reports these are."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
-        """Join the reports of two workers; kvstrata serves one, so the other is empty."""
+        """Join the reports of other workers on the same step.
+
+        Each worker moves its part of every block, so what one of them could not do was not done.
+        """
         assert isinstance(other, StepReport)
+        pages = [self.loaded, other.loaded]
+        slots = {slot for job in other.saved for slot in job.slots}
+        saved = [job for job in self.saved if slots.issuperset(job.slots)]
+        whole = {slot for job in saved for slot in job.slots}
+        attempted = {
+            tuple(job.slots): job
+            for job in (*self.saved, *self.unsaved, *other.saved, *other.unsaved)
+        }
         return StepReport(
-            self.loaded | other.loaded,
-            self.saved + other.saved,
-            self.unsaved + other.unsaved,
-            max(self.step, other.step),
-            self.copied_bytes + other.copied_bytes,
-            max(self.copied_s, other.copied_s),
+            loaded={
+                request: min(report.get(request, 0) for report in pages)
+                for request in self.loaded | other.loaded
+            },
+            saved=saved,
+            unsaved=[job for job in attempted.values() if not whole.issuperset(job.slots)],
+            step=max(self.step, other.step),
+            copied_bytes=self.copied_bytes + other.copied_bytes,
+            copied_s=max(self.copied_s, other.copied_s),
+            workers=self.workers + other.workers,
         )

@@ -78,6 +78,7 @@ class SchedulerHalf:
         self._block_tokens = layout.block_tokens
         self._places = cache.pages_per_block(layout.block_tokens)
         self._page_tokens = cache.page_tokens
+        self._workers = cache.ranks
         self._enabled = enabled
         self._requests: dict[str, _Tracked] = {}
         self._names = map(str, itertools.count(1))
@@ -91,6 +92,9 @@ class SchedulerHalf:
 
     def fence(self, pids: Sequence[int]) -> None:
         """Learn which processes will fill slots; until the daemon knows, nothing is saved."""
+        if len(pids) != self._workers:
+            log.warning("%d of %d workers said hello; nothing is saved", len(pids), self._workers)
+            return
         try:
             self.session.fence(pids)
         except DaemonError as error:
@@ -180,6 +184,10 @@ class SchedulerHalf:
         """Tell the daemon what the worker did."""
         if report.step:
             self._prefill.ended(report.step, time.monotonic())
+        if report.workers != self._workers:
+            # Some worker may still be at it: what it reads and fills stays held, and is not found.
+            log.warning("%d of %d workers reported a step", report.workers, self._workers)
+            return
         self._copies.copied(report.copied_bytes, report.copied_s)
         done: list[_Tracked] = []
         for request_id, good_pages in report.loaded.items():

@@ -32,6 +32,7 @@ class WorkerHalf:
         """Remember the geometry that the caches must have."""
         self._cache = cache
         self._layout = layout
+        self._rank = 0
         self._pages: list[NDArray[np.uint8]] = []
         self._arena: Arena | None = None
         self._blocks: NDArray[np.uint8] | None = None
@@ -39,8 +40,14 @@ class WorkerHalf:
         self._report = StepReport()
         self._failed_pages: set[int] = set()
 
-    def register(self, caches: dict[str, torch.Tensor], layer_names: list[str]) -> None:
-        """Take the engine's caches; raises LayoutError unless each is exactly as expected."""
+    def register(self, caches: dict[str, torch.Tensor], layer_names: list[str], rank: int) -> None:
+        """Take the caches of this rank; raises LayoutError unless each is exactly as expected."""
+        if not 0 <= rank < self._cache.ranks:
+            raise LayoutError(
+                f"this worker has rank {rank} of {self._cache.ranks} that split the heads",
+                hint="this engine is unknown to kvstrata; run without the connector",
+            )
+        self._rank = rank
         if set(caches) != set(layer_names):
             odd = sorted(set(caches) ^ set(layer_names))[:3]
             raise LayoutError(
@@ -140,7 +147,7 @@ class WorkerHalf:
             (grid.slots, cache.layers, places, cache.page_bytes),
             np.uint8,
             self._arena.region.view,
-            grid.base_bytes,
+            grid.base_bytes + self._rank * (self._layout.block_bytes // cache.ranks),
             (grid.stride_bytes, places * cache.page_bytes, cache.page_bytes, 1),
         )
 
