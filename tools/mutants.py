@@ -41,7 +41,23 @@ TESTS = (
     "tests/sim/test_tenant_world.py",
 )
 """The quick part of the suite, quickest first; the first failure ends a run."""
-LIMIT_S = 300
+BYTES_TESTS = (
+    "tests/unit/test_pool_retire.py",
+    "tests/unit/test_storage_entry.py",
+    "tests/unit/test_storage_slab.py",
+    "tests/unit/test_storage_stripe.py",
+    "tests/unit/test_storage_envelope.py",
+    "tests/unit/test_storage_codecs.py",
+    "tests/unit/test_storage_device.py",
+    "tests/unit/test_storage_damage.py",
+    "tests/unit/test_transfer_executor.py",
+    "tests/unit/test_transfer_keyed.py",
+    "tests/unit/test_transfer_keyed_mover.py",
+    "tests/unit/test_runtime_keyed.py",
+    "tests/property/test_storage_decoders.py",
+)
+"""What holds the bytes together; it judges the bugs planted in storage, transfer and runtime."""
+LIMIT_S = 600
 WORKERS = 2
 
 
@@ -57,6 +73,12 @@ class Mutant:
     """Text to replace."""
     new: str
     """What it becomes."""
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """The tests that judge it."""
+        below = self.file.startswith(("storage/", "transfer/", "runtime/"))
+        return BYTES_TESTS if below else TESTS
 
 
 MUTANTS = (
@@ -125,6 +147,24 @@ MUTANTS = (
     Mutant("ARC forgets its ghosts", "policy/arc.py", "            if key in once_ghosts or key in often_ghosts or key in returning:", "            if key in returning:"),
     Mutant("LRU-2 counts one use as two", "policy/lru2.py", "            earlier = last[slot] or recall(slot)", "            earlier = last[slot] or recall(slot) or uses"),
     Mutant("2Q keeps what only queued", "policy/twoq.py", "            elif place == _QUEUED:\n                self._queued_idle += 1\n", "            elif place == _QUEUED:\n                self._queued_idle += 1\n                queue.move_to_end(slot)\n"),
+    Mutant("mend a torn floor and blank nothing", "storage/slab.py", "            blank(self.region.descriptor, PAGE_BYTES, self._grid.base_bytes)\n", ""),
+    Mutant("find what was cleared", "storage/entry.py", 'kept = used[whole & (used_lines["written"].astype(np.int64) > floor)]', "kept = used[whole]"),
+    Mutant("believe a line without its checksum", "storage/entry.py", '        (used_lines["crc"] == np.array(found, np.uint32))\n        & (used', "        (used"),
+    Mutant("the older of two copies counts", "storage/slab.py", '    blocks.sort(key=attrgetter("written"))', '    blocks.sort(key=attrgetter("written"), reverse=True)'),
+    Mutant("a device that missed a clear brings blocks back", "storage/stripe.py", "        return max(slab.floor for slab in self._slabs)", "        return min(slab.floor for slab in self._slabs)"),
+    Mutant("write over what is not ours", "storage/footing.py", "        if any(front):\n", "        if False:\n"),
+    Mutant("two daemons on one slab", "storage/footing.py", "        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)"),
+    Mutant("take a header for another block's", "transfer/backends/keyed.py", "    if envelope.key != op.key:\n        return Refusal.OTHER_KEY\n", ""),
+    Mutant("serve another layout's bytes", "transfer/backends/keyed.py", "    if envelope.fingerprint != end.fingerprint or envelope.raw_bytes != op.length:\n", "    if envelope.raw_bytes != op.length:\n"),
+    Mutant("serve what differs from its seal", "transfer/backends/keyed.py", "        good = seal(op.key + end.fingerprint, target) == found.seal", "        good = True"),
+    Mutant("store what differs from its seal", "transfer/backends/keyed.py", "        if op.seal and seal(op.key + end.fingerprint, raw) != op.seal:", "        if False:"),
+    Mutant("believe a damaged header", "storage/envelope.py", "    if _CRC.unpack_from(header, HEADER_BYTES - _CRC.size)[0] != crc32(header[: -_CRC.size]):", "    if False:"),
+    Mutant("write what changed since it was sealed", "transfer/sealed.py", "        if self.seals[op.first : end] == list(self.expected[op.first : end]):", "        if True:"),
+    Mutant("go on with a device that failed", "transfer/backends/posix.py", "    if health.failed:\n", "    if False:\n"),
+    Mutant("lose a device and keep its slots", "runtime/losing.py", "            self._left = self._tier.pool.retire(self._left)", "            self._left = []"),
+    Mutant("lossy blocks under exact keys", "runtime/secret.py", "    if not codecs:\n        return secret\n", "    return secret\n"),
+    Mutant("read plain bytes under a key", "storage/codecs/chain.py", "        if self.authentic and not any(codec.authentic for codec in found):\n            return None\n", ""),
+    Mutant("exact readers take lossy blocks", "storage/codecs/chain.py", "        if any(codec.lossy for codec in found) and not self.lossy:\n            return None\n", ""),
 )  # fmt: skip
 
 
@@ -162,7 +202,8 @@ def run(mutant: Mutant | None) -> tuple[str, float]:
         shutil.copy(ROOT / "pyproject.toml", copy)
         if mutant:
             plant(mutant, copy / "src/kvstrata")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
+        chosen = mutant.tests if mutant else (*TESTS, *BYTES_TESTS)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen]
         environment = os.environ | {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             done = subprocess.run(

@@ -164,6 +164,11 @@ class TestPlugIns:
         with pytest.raises(ConfigError, match="lacks its name"):
             make_chain("other", SETTINGS)
 
+    def test_one_that_does_not_say_whether_it_loses_anything_is_named(self, offer):
+        offer(type("Silent", (Upside,), {"lossy": None}))
+        with pytest.raises(ConfigError, match="lacks lossy"):
+            make_chain("upside", SETTINGS)
+
     def test_one_that_fails_is_named(self, offer):
         offer(lambda: None)
         with pytest.raises(ConfigError, match="cannot be made"):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 import pytest
 
 from kvstrata.core.config import TierConfig, parse_tiers
 from kvstrata.core.errors import ConfigError
-from kvstrata.core.ids import SequenceHash, SlotId
+from kvstrata.core.ids import SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import DISK, HOST, Admission, TierKind
 from kvstrata.layout import BlockLayout, Dimension
-from kvstrata.storage.base import PAGE_BYTES, StoredBlock
+from kvstrata.storage.base import PAGE_BYTES, MemoryRegion, StoredBlock
 from kvstrata.storage.entry import ENTRY_BYTES, encode_entry
 from kvstrata.storage.footing import SLAB_NAME
 from kvstrata.storage.slab import Slab
 from kvstrata.storage.stripe import Stripe, open_slab
+from kvstrata.transfer.backends.posix import PosixBackend
+from kvstrata.transfer.base import CopyOp
 
 CAPACITY = 768 << 10
 LAYOUT = BlockLayout((Dimension("byte", 6000),), "int8", 8, "test")
@@ -278,3 +281,21 @@ class TestFailingDevice:
         assert world.disk["devices"][2]["read_errors"] == 3
         assert world.counters.read_failed_blocks == 3
         assert world.counters.lost_blocks == 7
+
+    def test_it_is_not_touched_any_more(self, open_stripe):
+        """Also what was queued before anybody noticed: a dying disk takes seconds for each no."""
+        stripe = open_stripe()
+        region = stripe.region
+        for _ in range(3):
+            region.members[1].health.failed_to(OSError(errno.EIO, "gone"), write=False)
+        memory = MemoryRegion(memoryview(bytearray(8192)))
+        ops = [CopyOp(stripe.grid.offset(slot), 0, 4096, slot) for slot in range(3)]
+        mover = PosixBackend()
+        try:
+            assert mover.submit(TransferId(1), ops, region, memory)
+            while not (done := mover.poll()):
+                time.sleep(0.001)
+        finally:
+            mover.close()
+        assert done[0].failed_ops == (1,)
+        assert "left alone" in done[0].reason

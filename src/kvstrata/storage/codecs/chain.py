@@ -32,6 +32,7 @@ SHIPPED: Final[Mapping[str, Callable[[CodecSettings], Codec]]] = {
 """The codecs of this package."""
 
 _VERBS: Final = ("label", "reads", "stored_bytes_max", "encode", "decode")
+_FLAGS: Final = ("lossy", "authentic")
 _LENGTH_MAX: Final = 4
 
 
@@ -178,6 +179,7 @@ def _make(name: str, settings: CodecSettings) -> Codec:
             hint="mend or remove the package that offers it",
         ) from error
     missing = [verb for verb in _VERBS if not callable(getattr(made, verb, None))]
+    missing += [flag for flag in _FLAGS if not isinstance(getattr(made, flag, None), bool)]
     if missing or getattr(made, "name", None) != name:
         raise ConfigError(
             f"codec: plug-in {name!r} ({entry.value}) lacks {', '.join(missing) or 'its name'}",
