@@ -383,6 +383,15 @@ class TestServe:
         tokens, blocks = make_blocks(1, 3)
         client.put(tokens, blocks)
         assert (client.get(tokens) == blocks).all()
+
+        def stats():
+            return json.loads(command("stats", "--json", "--address", daemon.address).stdout)
+
+        eventually(lambda: stats()["node"]["pending"] == 0)
+        command("clear", "--tier", "host", "--address", daemon.address)
+        assert (client.get(tokens) == blocks).all(), "read from disk into huge pages"
+        assert stats()["node"]["counters"]["hit_blocks_disk"] == 3
+        assert stats()["node"]["tiers"]["disk"]["devices"][0]["direct_refusals"] == 0
         said = command("stats", "--address", daemon.address, COLUMNS="200").stdout
         assert "host memory of 10485760 bytes in reserved huge pages of 2 MiB, 10485760" in said
         client.close()
