@@ -2,8 +2,8 @@
 
     python bench/checksums.py [--json FILE] [--quick] [--directory DIR]
 
-**functions**: blocks of 1 MiB out of 256 MiB, so that they come from memory, and the same block again
-and again, which stays in a cache. GB/s per core are bytes over processor time of the thread that
+**functions**: blocks of 1 MiB out of 256 MiB, so that they come from memory, and the same block
+again and again, which stays in a cache. GB/s per core are bytes over processor time of the thread that
 computes. `pause` is the longest time for which another thread could not run while one call
 went over 256 MiB, as a share of that call: near 1 means that the interpreter is kept.
 
@@ -102,7 +102,7 @@ def measure_functions(rounds: int) -> list[dict[str, Any]]:
             "two_threads_over_one": round(median(two), 2),
             "two_threads_over_one_best": round(max(two), 2),
             "pause": round(min(pause), 2),
-            "releases_gil": min(pause) < 0.5,  # noqa: PLR2004
+            "releases_gil": min(pause) < 0.5,
         }
         for name, (cold, cached, two, pause) in speeds.items()
     ]
@@ -139,7 +139,7 @@ def _longest_pause(call: Callable[[], object]) -> float:
     worker = threading.Thread(target=run)
     last, pause = time.perf_counter(), 0.0
     worker.start()
-    while len(times) < 2:  # noqa: PLR2004  # begun and ended
+    while len(times) < 2:  # begun and ended
         now = time.perf_counter()
         last, pause = now, max(pause, now - last)
     worker.join()
@@ -258,10 +258,10 @@ def main(given: list[str]) -> int:
     load = [round(os.getloadavg()[0], 2)]
     with _folder(options.directory) as folder:
         arrival = measure_arrival(folder, 3 if options.quick else 61)
-    print(arrival)  # noqa: T201
+    print(arrival)
     lines = measure_functions(2 if options.quick else 9)
     for line in lines:
-        print(line)  # noqa: T201
+        print(line)
     load.append(round(os.getloadavg()[0], 2))
     report = {
         "cores": os.cpu_count(),

@@ -377,8 +377,10 @@ class TestServe:
         assert found["host_memory"]["numa_node"] == 0
 
     @pytest.mark.usefixtures("huge_pool")
-    def test_reserved_huge_pages_serve_blocks(self, serve, connect, make_blocks, command):
-        daemon = serve("host:10MiB", KVSTRATA_HOST_HUGE_PAGES="require")
+    def test_reserved_huge_pages_serve_blocks(
+        self, serve, connect, make_blocks, command, eventually, tmp_path
+    ):
+        daemon = serve(f"host:10MiB,disk:{tmp_path}:1MiB", KVSTRATA_HOST_HUGE_PAGES="require")
         client = connect(address=daemon.address)
         tokens, blocks = make_blocks(1, 3)
         client.put(tokens, blocks)
@@ -390,7 +392,7 @@ class TestServe:
         eventually(lambda: stats()["node"]["pending"] == 0)
         command("clear", "--tier", "host", "--address", daemon.address)
         assert (client.get(tokens) == blocks).all(), "read from disk into huge pages"
-        assert stats()["node"]["counters"]["hit_blocks_disk"] == 3
+        assert stats()["node"]["tiers"]["disk"]["hit_blocks"] == 3
         assert stats()["node"]["tiers"]["disk"]["devices"][0]["direct_refusals"] == 0
         said = command("stats", "--address", daemon.address, COLUMNS="200").stdout
         assert "host memory of 10485760 bytes in reserved huge pages of 2 MiB, 10485760" in said
