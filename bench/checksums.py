@@ -3,8 +3,8 @@
     python bench/checksums.py [--json FILE] [--quick] [--directory DIR]
 
 **functions**: blocks of 1 MiB out of 256 MiB, so that they come from memory, and the same block
-again and again, which stays in a cache. GB/s per core are bytes over processor time of the thread that
-computes. `pause` is the longest time for which another thread could not run while one call
+again and again, which stays in a cache. GB/s per core are bytes over processor time of the thread
+that computes. `pause` is the longest time for which another thread could not run while one call
 went over 256 MiB, as a share of that call: near 1 means that the interpreter is kept.
 
 **arrival**: 64 blocks of 1 MiB from random slots of a slab into the arena by `PosixBackend`, into
