@@ -12,7 +12,7 @@ import time
 import pytest
 
 from kvstrata import __version__
-from kvstrata.storage.arena import machine_memory_bytes
+from kvstrata.storage.memory import machine_memory_bytes
 
 COMMAND = [sys.executable, "-m", "kvstrata.apps.cli.main"]
 

@@ -12,8 +12,9 @@ import pytest
 
 from kvstrata.core.errors import ConfigError, DaemonGoneError
 from kvstrata.layout import BlockLayout, Dimension
-from kvstrata.storage.arena import Arena, ArenaAddress, check_host_size, machine_memory_bytes
+from kvstrata.storage.arena import Arena, ArenaAddress
 from kvstrata.storage.base import PAGE_BYTES
+from kvstrata.storage.memory import check_host_size, machine_memory_bytes
 
 CAPACITY = 256 << 10
 

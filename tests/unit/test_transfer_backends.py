@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
+import numpy as np
 import pytest
 
 from kvstrata.core.errors import TransferError
@@ -318,6 +320,106 @@ class TestSealer:
             seal(b"a" * 32, data[3000:]),
         ]
         assert bytes(request.region.view) == data
+
+
+class TestMemcpy:
+    """Ops of more than 2 MiB are cut into pieces, which nobody sees."""
+
+    LENGTH = (5 << 20) + 7
+
+    def ends(self):
+        source = np.random.default_rng(1).integers(0, 256, 2 * self.LENGTH, np.uint8)
+        target = np.zeros(2 * self.LENGTH, np.uint8)
+        return source, target, MemoryRegion(memoryview(source)), MemoryRegion(memoryview(target))
+
+    def test_long_ops_arrive_whole(self, close_later, finish):
+        backend = close_later(MemcpyBackend(threads=2))
+        source, target, *regions = self.ends()
+        ops = [CopyOp(3, self.LENGTH - 1, self.LENGTH, 0), CopyOp(0, 0, 5, 1)]
+        assert backend.submit(1, ops, *regions)
+        assert finish(backend, 1)[1].outcome is Outcome.DONE
+        assert (target[:5] == source[:5]).all()
+        assert not target[5 : self.LENGTH - 1].any()
+        assert (target[self.LENGTH - 1 : -1] == source[3 : 3 + self.LENGTH]).all()
+        assert target[-1] == 0
+
+    def test_several_threads_share_one_op(self, close_later, finish):
+        class Noting(MemcpyBackend):
+            def move(self, op, source, target):
+                moved.append((threading.current_thread().name, op.length))
+                together.wait(5)
+                super().move(op, source, target)
+
+        moved, together = [], threading.Barrier(2)
+        backend = close_later(Noting(threads=2))
+        *_, source, target = self.ends()
+        assert backend.submit(1, [CopyOp(0, 0, 4 << 20)], source, target)
+        assert finish(backend, 1)[1].outcome is Outcome.DONE
+        assert len({name for name, _ in moved}) == 2
+        assert sorted(length for _, length in moved) == [2 << 20, 2 << 20]
+
+    def test_a_failed_piece_is_its_whole_op(self, close_later, finish):
+        class Failing(MemcpyBackend):
+            def move(self, op, source, target):
+                if op.source_offset == 2 << 20:
+                    raise OSError("torn")
+                super().move(op, source, target)
+
+        backend = close_later(Failing(threads=2))
+        *_, source, target = self.ends()
+        ops = [CopyOp(0, 0, 5), CopyOp(0, 0, self.LENGTH), CopyOp(0, self.LENGTH, self.LENGTH)]
+        ops.append(CopyOp(self.LENGTH, 0, 9))
+        assert backend.submit(1, ops, source, target)
+        assert finish(backend, 1)[1].failed_ops == (1, 2)
+        assert backend.submit(1, ops[:1], source, target), "the number may be used again"
+        assert finish(backend, 1)[1].outcome is Outcome.DONE
+
+    def test_a_long_op_that_ends_outside_moves_nothing(self, close_later, finish):
+        backend = close_later(MemcpyBackend(threads=2))
+        _, target, *regions = self.ends()
+        assert backend.submit(1, [CopyOp(self.LENGTH + 1, 0, self.LENGTH)], *regions)
+        done = finish(backend, 1)[1]
+        assert (done.outcome, done.failed_ops) == (Outcome.FAILED, (0,))
+        assert not target.any()
+
+    def test_within_one_region_an_overlap_is_kept(self, close_later, finish):
+        backend = close_later(MemcpyBackend(threads=2))
+        source, _, region, _ = self.ends()
+        before = source.copy()
+        assert backend.submit(1, [CopyOp(0, 4096, self.LENGTH)], region, region)
+        assert finish(backend, 1)[1].outcome is Outcome.DONE
+        assert (source[4096 : 4096 + self.LENGTH] == before[: self.LENGTH]).all()
+
+    def test_others_run_while_it_copies(self):
+        """A copy of 256 MiB takes tens of ms, for which nobody may be stopped."""
+        length = 256 << 20
+        source, target = np.ones(length, np.uint8), np.ones(length, np.uint8)
+        regions = MemoryRegion(memoryview(source)), MemoryRegion(memoryview(target))
+
+        def longest_pause(move):
+            """Return the share of the copy's time for which this thread could not run."""
+            times = []
+
+            def run():
+                times.append(time.perf_counter())
+                move()
+                times.append(time.perf_counter())
+
+            worker = threading.Thread(target=run)
+            last, pause = time.perf_counter(), 0.0
+            worker.start()
+            while len(times) < 2:
+                now = time.perf_counter()
+                last, pause = now, max(pause, now - last)
+            worker.join()
+            return max(pause, time.perf_counter() - last) / (times[1] - times[0])
+
+        def copy():
+            copy_bytes(regions[0], 0, regions[1], 0, length)
+
+        assert min(longest_pause(copy) for _ in range(5)) < 0.5
+        keeping = longest_pause(lambda: regions[1].view.__setitem__(slice(None), regions[0].view))
+        assert keeping > 0.8, "this test would see it"
 
 
 def test_copy_bytes_copies_exactly_the_range():

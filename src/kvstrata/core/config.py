@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final
 
 from kvstrata.core.errors import ConfigError
@@ -17,6 +18,8 @@ __all__ = [
     "BYPASS_BYTES",
     "NO_CODEC",
     "PLACE_SEPARATOR",
+    "HostMemoryConfig",
+    "HugePages",
     "Limits",
     "NodeConfig",
     "TierConfig",
@@ -142,6 +145,32 @@ class Limits:
     """Hashes accepted in one message: 2**18 blocks of 64 tokens are 16 million tokens."""
 
 
+class HugePages(Enum):
+    """What pages the host tier's memory is made of."""
+
+    OFF = "off"
+    """Small ones."""
+    TRY = "try"
+    """Reserved huge pages, else transparent ones, else small ones."""
+    REQUIRE = "require"
+    """Reserved huge pages or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemoryConfig:
+    """How the memory of the host tier is taken from the system."""
+
+    huge_pages: HugePages = HugePages.OFF
+    """Which pages are asked for."""
+    numa_node: int | None = None
+    """Node of the machine whose memory it is; None leaves that to the system."""
+    prefault: bool = False
+    """Whether all of it is taken before the daemon is ready, not page by page later."""
+    share_max: float = 0.9
+    """Share of the machine's or its cgroup's memory that it may have; the rest is for the daemon,
+    the engine and the system."""
+
+
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
     """What one node daemon owns."""
@@ -158,6 +187,8 @@ class NodeConfig:
     """Tenants with a guarantee; all others share what these leave."""
     explain_across_salts: bool = False
     """Whether a client may learn that a prompt is stored under a salt that is not its own."""
+    host_memory: HostMemoryConfig = HostMemoryConfig()
+    """How the host tier's memory is taken."""
 
     def __post_init__(self) -> None:
         sizes = [tier.capacity_bytes for tier in self.tiers]

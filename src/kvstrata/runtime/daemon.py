@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -24,8 +25,9 @@ from kvstrata.policy import make_policy
 from kvstrata.runtime.addresses import check_address, lock_path, socket_path
 from kvstrata.runtime.process import ProcessWatch
 from kvstrata.runtime.server import NodeServer
-from kvstrata.storage.arena import check_host_size
 from kvstrata.storage.footing import check_place
+from kvstrata.storage.hostmemory import HostMemory
+from kvstrata.storage.memory import check_host_size
 from kvstrata.storage.opening import check_keyed
 
 __all__ = ["PrivateOrder", "ReadyLine", "check", "main", "serve"]
@@ -69,7 +71,7 @@ def check(config: NodeConfig) -> None:
             f"{limits.cost_probe_interval_s}: one is negative or no number",
             hint="leave them out, or give 0.1 and 10 for the defaults",
         )
-    check_host_size(config.host.capacity_bytes)
+    check_host_size(config.host.capacity_bytes, config.host_memory.share_max)
     for tier in config.lower.values():
         if tier.kind.keyed:
             check_keyed(tier)
@@ -83,9 +85,11 @@ def serve(
     *,
     parent: ProcessWatch | None = None,
     ready: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> None:
     """Serve until SIGTERM, SIGINT or the parent's end; `ready` is called once calls are taken.
 
+    If the host tier is prefaulted, `progress` is told bytes taken and all bytes before that.
     Raises ConfigError if the address is taken or the configuration cannot be served.
     """
     check(config)
@@ -96,26 +100,43 @@ def serve(
             hint="choose another address, or move the file away",
         )
     lock = _lock_address(address)
+    told = threading.Event()
     try:
-        server = NodeServer(config, address, parent=parent)
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            del number, frame
-            server.stop()
-
-        # Without it a signal that comes just before the poll would wait for the poll's timeout.
-        signal.set_wakeup_fd(server.wake_descriptor, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
-        with contextlib.closing(server):
-            try:
-                ready()
-                server.run()
-            finally:
-                signal.set_wakeup_fd(-1)  # before the pipe is closed
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: told.set())
+        memory = HostMemory.take(config.host.capacity_bytes, config.host_memory)
+        with contextlib.closing(memory):
+            if memory.fill(progress, lambda: told.is_set() or _orphaned(parent)):
+                server = NodeServer(config, address, parent=parent, memory=memory)
+                _run(server, told, ready)
     finally:
         lock_path(address).unlink(missing_ok=True)
         os.close(lock)
+
+
+def _orphaned(parent: ProcessWatch | None) -> bool:
+    return parent is not None and parent.ended()
+
+
+def _run(server: NodeServer, told: threading.Event, ready: Callable[[], None]) -> None:
+    """Run `server` until it is told to end, which it may have been already."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        server.stop()
+
+    # Without it a signal that comes just before the poll would wait for the poll's timeout.
+    signal.set_wakeup_fd(server.wake_descriptor, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    with contextlib.closing(server):
+        try:
+            if told.is_set():
+                return
+            ready()
+            server.run()
+        finally:
+            signal.set_wakeup_fd(-1)  # before the pipe is closed
 
 
 def main(argument: str) -> int:

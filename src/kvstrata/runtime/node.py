@@ -19,6 +19,7 @@ from kvstrata.pool import Pool
 from kvstrata.runtime.keyed import KeyedTiers
 from kvstrata.runtime.losing import Losing
 from kvstrata.storage.arena import Arena
+from kvstrata.storage.hostmemory import HostMemory
 from kvstrata.storage.keyed import KeyedStore
 from kvstrata.storage.opening import keyed_slots, open_keyed
 from kvstrata.storage.slab import Slab, without_collector
@@ -38,9 +39,11 @@ class Node:
         layout: BlockLayout,
         notify: Callable[[], None],
         secret: bytes | None = None,
+        memory: HostMemory | None = None,
     ) -> None:
         """Open the stores for `layout`; raises ConfigError and leaves nothing open.
 
+        The arena lies in `memory` if given, which stays the caller's to close.
         What slabs hold is known from then on; keyed tiers are listed in the background.
         """
         self.layout = layout
@@ -55,7 +58,7 @@ class Node:
                 assert tier.places, "a disk tier without a directory"
                 slab = open_slab(tier.places, tier.capacity_bytes, layout)
                 self._slabs[name] = opened.enter_context(contextlib.closing(slab))
-            self.arena = Arena.create(config.host.capacity_bytes, layout)
+            self.arena = Arena.create(config.host.capacity_bytes, layout, memory)
             opened.callback(self.arena.close)
             self._policy = config.policy
             self.manager = self._make_manager(config)

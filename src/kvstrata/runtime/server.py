@@ -26,6 +26,7 @@ from kvstrata.runtime.addresses import check_address, socket_path
 from kvstrata.runtime.node import Node
 from kvstrata.runtime.process import ProcessWatch
 from kvstrata.runtime.secret import node_secret
+from kvstrata.storage.hostmemory import HostMemory
 from kvstrata.tokens.family import family_key
 from kvstrata.tokens.namespace import namespace_tag
 
@@ -60,15 +61,25 @@ class NodeServer:
     """Serves one node's tiers at one address."""
 
     def __init__(
-        self, config: NodeConfig, address: str, *, parent: ProcessWatch | None = None
+        self,
+        config: NodeConfig,
+        address: str,
+        *,
+        parent: ProcessWatch | None = None,
+        memory: HostMemory | None = None,
     ) -> None:
         """Bind the address; with `parent` the server stops when that process ends.
 
-        Raises ConfigError for a configuration that cannot be served.
+        `memory` is for the host tier and stays the caller's to close; without, the server takes
+        its own. Raises ConfigError for a configuration that cannot be served.
         """
         self.address = check_address(address)
         self._config = config
         self._secret = node_secret(config)
+        self._own_memory = (
+            None if memory else HostMemory.take(config.host.capacity_bytes, config.host_memory)
+        )
+        self._memory = memory or self._own_memory
         self._parent = parent
         self._node: Node | None = None
         self._sessions: dict[SessionId, _Session] = {}
@@ -119,6 +130,8 @@ class NodeServer:
             return
         if self._node:
             self._node.close()
+        if self._own_memory:
+            self._own_memory.close()
         for watch in self._watches():
             watch.close()
         self._socket.close()
@@ -327,7 +340,7 @@ class NodeServer:
         if caller.ended():
             raise CallRefusedError(f"processes: process {caller.pid} is not running")
         if self._node is None:
-            self._node = Node(self._config, call.layout, self.wake, self._secret)
+            self._node = Node(self._config, call.layout, self.wake, self._secret, self._memory)
         elif self._node.layout != call.layout:
             raise ConfigError(
                 f"layout: this daemon holds blocks of {self._node.layout.describe()}, the client "
@@ -380,5 +393,6 @@ class NodeServer:
             "sessions": sum(not session.closed for session in self._sessions.values()),
             "malformed_messages": self._malformed,
             "late_calls": self._late_calls,
+            "host_memory": self._memory.statistics() if self._memory else None,
             "node": self._node.statistics() if self._node else None,
         }

@@ -14,19 +14,19 @@ import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from kvstrata.core.errors import ConfigError, DaemonGoneError
 from kvstrata.layout import BlockLayout
 from kvstrata.storage.base import PAGE_BYTES, MemoryRegion, SlotGrid, StoredBlock, align
+from kvstrata.storage.hostmemory import HostMemory, advise_huge
+from kvstrata.storage.memory import check_host_size
 
-__all__ = ["Arena", "ArenaAddress", "check_host_size", "machine_memory_bytes"]
+__all__ = ["Arena", "ArenaAddress"]
 
 _HEAD: Final = struct.Struct("<8s16sQQ")  # magic, layout fingerprint, slots, stride
 _MAGIC: Final = b"KVSARENA"
-_MEMORY_SHARE_MAX: Final = 0.9  # the rest is for the daemon, the engine and the system
-_UNLIMITED: Final = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
+_HUGE: Final = struct.Struct("<B")  # behind the head: whether mappings ask for huge pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,31 +60,43 @@ class Arena:
         )
 
     @classmethod
-    def create(cls, capacity_bytes: int, layout: BlockLayout) -> Arena:
+    def create(
+        cls, capacity_bytes: int, layout: BlockLayout, memory: HostMemory | None = None
+    ) -> Arena:
         """Make an arena of at most `capacity_bytes`, bookkeeping included.
 
-        Raises ConfigError if the machine has no such memory or not one block fits.
+        In `memory` if given, which its owner still closes; else in memory of its own. Raises
+        ConfigError if the machine has no such memory or not one block fits.
         """
-        check_host_size(capacity_bytes)
+        if memory is None:
+            check_host_size(capacity_bytes)
         stride = align(layout.block_bytes)
-        slots = (capacity_bytes - 2 * PAGE_BYTES) // (stride + 8)
+        room = memory.length_bytes if memory else capacity_bytes
+        slots = (room - 2 * PAGE_BYTES) // (stride + 8)
         if slots < 1:
             raise ConfigError(
                 f"tiers.host: {capacity_bytes} bytes hold not one block of {layout.block_bytes}",
                 hint=f"use at least {(stride + 3 * PAGE_BYTES) // 1024 + 1}KiB, better a few GiB",
             )
         length = align(PAGE_BYTES + 8 * slots) + slots * stride
-        descriptor = os.memfd_create("kvstrata-arena", os.MFD_CLOEXEC)
+        used = memory or HostMemory.take(length)
         try:
-            os.ftruncate(descriptor, length)
-            arena = cls(descriptor, length, layout, slots)
-        except OSError as error:
-            os.close(descriptor)
-            raise ConfigError(
-                f"tiers.host: the system refused {length} bytes of memory ({error.strerror})",
-                hint="use a smaller host tier or raise the memory limit",
-            ) from error
+            descriptor = os.dup(used.descriptor)
+            try:
+                arena = cls(descriptor, used.length_bytes, layout, slots)
+            except OSError as error:
+                os.close(descriptor)
+                raise ConfigError(
+                    f"tiers.host: the system refused to map {length} bytes ({error.strerror})",
+                    hint="use a smaller host tier or raise the memory limit",
+                ) from error
+        finally:
+            if memory is None:
+                used.close()
+        if used.transparent_huge:
+            advise_huge(arena._map)  # before the first page is touched
         arena._view[: _HEAD.size] = _HEAD.pack(_MAGIC, layout.fingerprint, slots, stride)
+        _HUGE.pack_into(arena._view, _HEAD.size, used.transparent_huge)
         return arena
 
     @classmethod
@@ -99,10 +111,13 @@ class Arena:
             raise DaemonGoneError(f"cannot map {address.path}: {error.strerror}") from error
         try:
             _check_head(descriptor, address, layout)
-            return cls(descriptor, address.length_bytes, layout, address.slots)
+            arena = cls(descriptor, address.length_bytes, layout, address.slots)
         except BaseException:
             os.close(descriptor)
             raise
+        if _HUGE.unpack_from(arena._view, _HEAD.size)[0]:
+            advise_huge(arena._map)  # who touches a page first decides what it is
+        return arena
 
     @property
     def address(self) -> ArenaAddress:
@@ -154,46 +169,3 @@ def _check_head(descriptor: int, address: ArenaAddress, layout: BlockLayout) -> 
             f"{address.path} is no arena of {layout.describe()}",
             hint="restart the daemon and the engine with the same kvstrata version",
         )
-
-
-def check_host_size(capacity_bytes: int) -> None:
-    """Raise ConfigError if a host tier of this size is more than the machine can give."""
-    machine = machine_memory_bytes()
-    if capacity_bytes > _MEMORY_SHARE_MAX * machine:
-        raise ConfigError(
-            f"tiers.host: {capacity_bytes} bytes are more than {_MEMORY_SHARE_MAX:.0%} of the "
-            f"{machine} bytes that this machine or its cgroup has",
-            hint=f"use at most {int(_MEMORY_SHARE_MAX * machine) >> 20}MiB",
-        )
-
-
-def machine_memory_bytes() -> int:
-    """Return the memory that this process may use: the machine's or its cgroup's, the smaller."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for limit in _cgroup_limits():
-        try:
-            text = limit.read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) < _UNLIMITED:
-            found.append(int(text))
-    return min(found)
-
-
-def _cgroup_limits() -> list[Path]:
-    """Return the files that may limit us: of our own cgroup and of every one above it."""
-    root = Path("/sys/fs/cgroup")
-    files = [root / "memory" / "memory.limit_in_bytes"]
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers:
-            continue  # version 1: its memory limit is visible at the root of a container
-        own = root / path.lstrip("/")
-        files += [
-            each / "memory.max" for each in (own, *own.parents) if root in (each, *each.parents)
-        ]
-    return files

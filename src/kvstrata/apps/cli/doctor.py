@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvstrata.storage.arena import machine_memory_bytes
 from kvstrata.storage.base import PAGE_BYTES
+from kvstrata.storage.memory import machine_memory_bytes
 from kvstrata.transfer.backends.nixl.binding import INSTALL_HINT, nixl_version
 from kvstrata.transfer.backends.nixl.probe import probe_plugins
 from kvstrata.transfer.registry import Choice, choose

@@ -103,6 +103,7 @@ def serve(
     ] = None,
 ) -> None:
     """Run the node daemon until it is told to end; KVSTRATA_TIERS and the like set defaults."""
+    from kvstrata.apps.cli.prefault import Prefault
     from kvstrata.runtime import daemon
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
@@ -125,7 +126,8 @@ def serve(
             f"kvstrata {__version__} serves {settings.tiers} at {settings.address}", err=True
         )
 
-    daemon.serve(config, settings.address, ready=ready)
+    with Prefault() as progress:
+        daemon.serve(config, settings.address, ready=ready, progress=progress)
 
 
 @app.command()

@@ -8,7 +8,14 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from kvstrata.core.config import Limits, NodeConfig, parse_tenants, parse_tiers
+from kvstrata.core.config import (
+    HostMemoryConfig,
+    HugePages,
+    Limits,
+    NodeConfig,
+    parse_tenants,
+    parse_tiers,
+)
 from kvstrata.core.errors import ConfigError
 from kvstrata.runtime.addresses import check_address, default_address
 
@@ -47,6 +54,15 @@ class ServeSettings(BaseSettings):
 
     probe_blocks_max: int = Field(default=32, ge=0, le=4096)
     """Blocks for which a shared or object tier is asked before a miss; 0 never asks."""
+
+    host_huge_pages: HugePages = HugePages.OFF
+    """Huge pages for the host tier: off, try or require."""
+    host_numa_node: int | None = Field(default=None, ge=0)
+    """Node of the machine whose memory the host tier gets; left out, the system chooses."""
+    host_prefault: bool = False
+    """Whether the host tier's memory is taken before the daemon is ready."""
+    host_memory_share_max: float = Field(default=0.9, gt=0, le=1)
+    """Share of the machine's or its cgroup's memory that the host tier may have."""
 
     @field_validator("address")
     @classmethod
@@ -95,6 +111,12 @@ class ServeSettings(BaseSettings):
             policy=self.policy,
             tenants=parse_tenants(self.tenants.split(";")),
             explain_across_salts=self.explain_across_salts,
+            host_memory=HostMemoryConfig(
+                huge_pages=self.host_huge_pages,
+                numa_node=self.host_numa_node,
+                prefault=self.host_prefault,
+                share_max=self.host_memory_share_max,
+            ),
             limits=Limits(
                 staging_timeout_s=self.staging_timeout_s,
                 offload_priority_min=self.offload_priority_min,

@@ -19,6 +19,14 @@ def print_stats(stats: dict[str, Any]) -> None:
         f"daemon pid {stats['pid']} at {stats['address']}, {stats['sessions']} sessions",
         highlight=False,
     )
+    memory = stats["host_memory"]
+    where = "" if memory["numa_node"] is None else f" on node {memory['numa_node']}"
+    console.print(
+        f"host memory of {memory['memory_bytes']} bytes{where} in {memory['pages']}, "
+        f"{memory['prefaulted_bytes']} bytes prefaulted",
+        highlight=False,
+        markup=False,
+    )
     node = stats["node"]
     if node is None:
         console.print("no client has connected yet: the layout of the blocks is not known")

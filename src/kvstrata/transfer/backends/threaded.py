@@ -30,6 +30,8 @@ log = logging.getLogger("kvstrata.transfer")
 _SHARE_BYTES: Final = 256 << 10
 """A worker takes so many bytes of a transfer at once: a dozen index lines are not worth a dozen
 wake-ups, and one large block is."""
+_SHARES: Final = 4
+"""It takes more while much is left, so many parts of it for each thread: taking costs 10 us."""
 
 
 @dataclass(slots=True)
@@ -147,8 +149,8 @@ class ThreadedBackend(ABC):
             if work.transfer in self._cancelled:
                 work.cancelled = first < len(work.ops)
                 end = first = len(work.ops)
-            size = 0
-            while end < len(work.ops) and size < _SHARE_BYTES:
+            size, many = 0, first + (len(work.ops) - first) // (_SHARES * len(self._threads))
+            while end < len(work.ops) and (size < _SHARE_BYTES or end < many):
                 size += work.ops[end].length
                 end += 1
             work.begun = end
