@@ -78,14 +78,14 @@ class TestObjectsOfCeph(KeyedStoreContract):
 
 
 class TestRefusals:
-    def test_a_wrong_secret(self, rgw_url, monkeypatch, open_store):
+    def test_a_wrong_secret(self, monkeypatch, open_store):
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         error = timed(open_store)
         assert "SignatureDoesNotMatch" in str(error)
         assert "environment" in error.hint
         assert SECRET not in "".join(traceback.format_exception(error))
 
-    def test_an_unknown_user(self, rgw_url, monkeypatch, open_store):
+    def test_an_unknown_user(self, monkeypatch, open_store):
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "NOBODY")
         error = timed(open_store)
         assert "InvalidAccessKeyId" in str(error)
