@@ -13,10 +13,10 @@ export HF_HUB_OFFLINE := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check bench sim mutants lock clean
+.PHONY: help env demo test test-rgw check bench sim mutants lock clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 env: $(BIN)/.project ## create .venv with the package, its tools and an engine
 	@test -e $(BIN)/.engine || echo "note: no engine here ($(PLATFORM)); its tests are skipped"
@@ -29,14 +29,20 @@ test: env ## check, then every test; the engine's tests come last
 	@status=0; \
 	$(MAKE) --no-print-directory check || status=1; \
 	echo "== tests without an engine"; \
-	$(BIN)/python -m pytest tests --ignore=tests/engine --ignore=tests/nixl -n 2 || status=1; \
+	$(BIN)/python -m pytest tests --ignore=tests/engine --ignore=tests/nixl --ignore=tests/rgw \
+	  -n 2 || status=1; \
 	echo "== tests with NIXL"; \
 	$(BIN)/python -m pytest tests/nixl || status=1; \
+	$(MAKE) --no-print-directory test-rgw || status=1; \
 	echo "== simulated worlds"; \
 	$(BIN)/python -m kvstrata.testing.simworld --seeds 2000 --first 1 || status=1; \
 	echo "== tests with an engine"; \
 	$(BIN)/python -m pytest tests/engine || status=1; \
 	exit $$status
+
+test-rgw: env ## test the object store against a Ceph RGW (.ci/ceph brings it)
+	@echo "== tests with a Ceph RGW"
+	@PATH="$$PATH:$(CURDIR)/build/ceph/root/usr/bin" $(BIN)/python -m pytest tests/rgw
 
 check: env ## lint, format, types, import rules, house rules
 	@echo "== ruff"; $(BIN)/ruff check --quiet .

@@ -113,6 +113,8 @@ class Side:
     def assert_nothing_left(self):
         found = self.agent.statistics()
         assert (found.live, found.descriptors, found.overdue) == (0, 0, 0)
+        assert not self.agent._requests.live, "a handle was neither ended nor released"
+        assert found.registrations == 1, "the exported arena, and nothing that a transfer held"
 
 
 @pytest.fixture

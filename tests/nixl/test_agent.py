@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -364,6 +365,39 @@ def test_probes_say_what_is_usable():
     assert not found["NOPE"].usable
     assert found["NOPE"].why
     assert found["NOPE"].remedy
+
+
+def test_an_object_plugin_that_loads_says_why_it_is_not_used():
+    from kvstrata.transfer.backends.nixl.probe import probe_plugins
+
+    for found in probe_plugins(["OBJ", "AZURE_BLOB"]):
+        assert found.usable
+        assert "obstore" in found.why
+        assert "short read" in found.why
+
+
+@pytest.mark.parametrize("queue", ["use_aio", "use_uring"])
+def test_a_file_region_under_each_queue_of_posix(queue, tmp_path):
+    """Past the page cache, there and back; what is behind the end fails alone and spoils nothing."""
+    from kvstrata.transfer.backends.nixl import NixlAgent, NixlBackend
+
+    backend = NixlBackend(NixlAgent({"POSIX": {queue: "true"}}))
+    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+    near, back = (MemoryRegion(memoryview(mmap.mmap(-1, 1 << 20))) for _ in range(2))
+    near.view[:] = os.urandom(1 << 20)
+    ops = [CopyOp(at, at, 1 << 16, at >> 16) for at in range(0, 1 << 20, 1 << 16)]
+    assert backend.submit(1, ops, near, FileRegion(descriptor))
+    assert _wait(backend, 1).outcome is Outcome.DONE
+    os.ftruncate(descriptor, 1 << 19)
+    assert backend.submit(2, ops, FileRegion(descriptor), back)
+    assert _wait(backend, 2).failed_ops == tuple(range(8, 16))
+    assert back.view[: 1 << 19] == near.view[: 1 << 19]
+    assert backend.submit(3, ops[:8], FileRegion(descriptor), back)
+    assert _wait(backend, 3).outcome is Outcome.DONE
+    found = backend.agent.statistics()
+    assert (found.live, found.registrations) == (0, 0)
+    backend.close()
+    os.close(descriptor)
 
 
 def test_the_one_op_that_nixl_does_not_take_fails_alone(agent, backend):

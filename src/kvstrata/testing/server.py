@@ -27,11 +27,16 @@ class ServerProcess(contextlib.AbstractContextManager["ServerProcess"]):
     """A running program that takes connections; a context manager that ends it."""
 
     def __init__(
-        self, command: Sequence[str], port: int, folder: Path, variables: Mapping[str, str]
+        self,
+        command: Sequence[str],
+        port: int | None,
+        folder: Path,
+        variables: Mapping[str, str],
+        ready_s: float = _READY_S,
     ) -> None:
         """Start `command` in `folder`, with `variables` besides the path, and wait for its port.
 
-        Raises RuntimeError if it does not come up.
+        Without a port nothing is waited for. Raises RuntimeError if it does not come up.
         """
         self._process = subprocess.Popen(  # noqa: S603  # a test's own program
             command,
@@ -40,7 +45,9 @@ class ServerProcess(contextlib.AbstractContextManager["ServerProcess"]):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline_s = time.monotonic() + _READY_S
+        if port is None:
+            return
+        deadline_s = time.monotonic() + ready_s
         while time.monotonic() < deadline_s and self._process.poll() is None:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -52,7 +59,11 @@ class ServerProcess(contextlib.AbstractContextManager["ServerProcess"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def signal(self, number: int) -> None:
+        """Send it a signal: SIGSTOP stalls it, SIGCONT lets it go on."""
+        self._process.send_signal(number)
+
     def close(self) -> None:
-        """End the server; twice is harmless."""
+        """End the server with SIGKILL; twice is harmless."""
         self._process.kill()
         self._process.wait()
