@@ -24,7 +24,7 @@ def test_another_daemon_gives_back_bit_for_bit_what_a_killed_one_stored(
     client = connect(first)
     for tokens, blocks in chains:
         assert client.put(tokens, blocks) == 8
-    client.wait_idle()
+        client.wait_idle()
     client.close()
     first.end(signal.SIGKILL)
     second = serve(where)

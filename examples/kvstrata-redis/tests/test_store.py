@@ -35,6 +35,7 @@ def read(store, number, length=len(PAYLOAD)):
 
 
 BLOCK = (HEADER, bytes(PAYLOAD))
+SET = b"$3\r\nSET\r\n"
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ class TestAtTheStart:
         store.close()
 
     def test_a_user_without_rights(self, start_redis, monkeypatch):
-        server = start_redis("--user", "weak on >pw ~* +auth +ping")
+        server = start_redis("--user", "weak", "on", ">pw", "~*", "+auth", "+ping")
         monkeypatch.setenv(USERNAME, "weak")
         monkeypatch.setenv(PASSWORD, "pw")
         self.refused(server.url, "may not do this", USERNAME)
@@ -280,7 +281,6 @@ class Cutter:
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
         self.cut_next = threading.Event()
-        self._threads: list[threading.Thread] = []
 
     def __enter__(self):
         self._start(self._accept)
@@ -303,27 +303,26 @@ class Cutter:
 
     def _serve(self, near):
         with near, socket.create_connection(("127.0.0.1", self._target)) as far:
-            seen, wanted = b"", len(PAYLOAD) + HEADER_BYTES
-            self._start(self._back, far, near)
+            mute = threading.Event()
+            self._start(self._back, far, near, mute)
             while data := near.recv(1 << 20):
-                seen += data
-                if self.cut_next.is_set() and b"SET" in seen and self._arrived:
-                    while len(seen) < wanted or not seen.endswith(b"NX\r\n"):
-                        data += (more := near.recv(1 << 20))
-                        seen += more
-                    near.shutdown(socket.SHUT_WR)
-                    far.sendall(data)
-                    time.sleep(0.1)
-                if self.cut_next.is_set() and b"SET" in seen:
+                if SET in data and self.cut_next.is_set():
                     self.cut_next.clear()
+                    if self._arrived:
+                        while not data.endswith(b"NX\r\n"):
+                            data += near.recv(1 << 20)
+                        mute.set()
+                        far.sendall(data)
+                        time.sleep(0.1)
                     return
                 far.sendall(data)
 
     @staticmethod
-    def _back(far, near):
+    def _back(far, near, mute):
         try:
             while data := far.recv(1 << 20):
-                near.sendall(data)
+                if not mute.is_set():
+                    near.sendall(data)
         except OSError:
             pass
 

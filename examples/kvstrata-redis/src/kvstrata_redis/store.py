@@ -207,8 +207,12 @@ class RedisStore:
 
         def fetch() -> bytes | None:
             front: bytes = self._client.getrange(name, 0, length - 1)
-            # A string that is not there and an empty one, which is no block, look alike.
-            return front if front or self._client.exists(name) else None
+            if front:
+                return front
+            # A string that is not there and an empty one, which is no block, look alike; and it
+            # may have been made just now.
+            there = self._client.exists(name)
+            return self._client.getrange(name, 0, length - 1) if there else None
 
         try:
             return self._insist("get", fetch)
