@@ -67,7 +67,7 @@ def start_redis():
 
 
 @pytest.fixture(scope="session")
-def redis_server(tmp_path_factory):
+def redis_server():
     """The server of all tests that do it no harm."""
     folder = Path(tempfile.mkdtemp(prefix="kv"))
     with RedisServer(folder) as server:
@@ -83,8 +83,10 @@ class Daemon:
         self.lines: list[str] = []
         self._said = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvstrata.apps.cli.main", "serve"]
-            + ["--address", self.address, *arguments],
+            [
+                *(sys.executable, "-m", "kvstrata.apps.cli.main", "serve"),
+                *("--address", self.address, *arguments),
+            ],
             stderr=subprocess.PIPE,
             env=os.environ | variables,
             text=True,

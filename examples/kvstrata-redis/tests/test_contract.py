@@ -28,8 +28,10 @@ class TestRedisOverASocket(KeyedStoreContract):
 
 def test_the_suite_of_the_installed_wheel_passes(redis_server, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs"]
-        + ["kvstrata.testing.contracts.keyed_store"],
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *("--pyargs", "kvstrata.testing.contracts.keyed_store"),
+        ],
         env=os.environ | {"KVSTRATA_STORE": f"redis={redis_server.url}"},
         cwd=tmp_path,
         capture_output=True,
