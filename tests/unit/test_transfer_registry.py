@@ -35,6 +35,10 @@ class Boastful(MemcpyBackend):
     def capabilities(self):
         return {("memory", "moon"), ("memory", "memory")}
 
+class Sealing(MemcpyBackend):
+    def capabilities(self):
+        return [("file", "sealed memory"), ("memory", "memory")]
+
 class Silent(MemcpyBackend):
     def capabilities(self):
         return []
@@ -52,7 +56,7 @@ def raises(*, notify):
 """
 ENTRIES = (
     *("Slow", "Broken", "Odd", "Verbless", "refuses", "raises", "absent"),
-    *("Boastful", "Silent", "Twice", "number"),
+    *("Boastful", "Silent", "Sealing", "Twice", "number"),
 )
 
 
@@ -89,7 +93,7 @@ def test_unknown_names_are_told_with_the_known_ones():
 def test_plugins_join_and_cannot_take_a_shipped_name():
     assert backend_names()[:3] == ["memcpy", "posix", "nixl"]
     assert sorted(backend_names()[3:]) == sorted(name.lower() for name in ENTRIES)
-    for name, kind in (("slow", "Slow"), ("memcpy", "MemcpyBackend")):
+    for name, kind in (("slow", "Slow"), ("sealing", "Sealing"), ("memcpy", "MemcpyBackend")):
         backend = make_backend(name)
         assert type(backend).__name__ == kind
         backend.close()

@@ -69,7 +69,7 @@ PAIRS: Final[tuple[Pair, ...]] = (
 )
 """What a node moves."""
 
-_KINDS: Final = frozenset({"memory", "file", "peer"})
+_KINDS: Final = frozenset({"memory", "file", "peer", "sealed memory"})
 _DECLARABLE: Final = frozenset((source, target) for source in _KINDS for target in _KINDS)
 _TEXT_MAX: Final = 200
 _VERBS: Final = ("submit", "poll", "cancel", "capabilities", "close")
