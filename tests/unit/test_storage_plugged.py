@@ -8,10 +8,11 @@ import time
 
 import pytest
 
-from kvstrata.core.config import TierConfig, parse_tiers
+from kvstrata.core.config import NodeConfig, TierConfig, parse_tiers
 from kvstrata.core.errors import ChecksumError, ConfigError, TransferError
 from kvstrata.core.ids import SequenceHash
 from kvstrata.core.tier import Admission, TierKind
+from kvstrata.runtime.secret import load_secret
 from kvstrata.storage import checked
 from kvstrata.storage.checked import CheckedStore
 from kvstrata.storage.deadline import HelperThreads
@@ -185,6 +186,15 @@ class TestOpening:
         with pytest.raises(ConfigError, match="carries a password") as refusal:
             check_plugged("good", "redis://me:hunter2@host:1")
         assert "hunter2" not in str(refusal.value)
+
+
+def test_a_store_tier_needs_a_secret_that_outlives_the_daemon(tmp_path):
+    tiers = parse_tiers("host:1MiB,store:good:anywhere:1MiB")
+    with pytest.raises(ConfigError, match="a store tier needs a secret that outlives") as refusal:
+        load_secret(NodeConfig(tiers))
+    assert "--secret-file" in refusal.value.hint
+    (tmp_path / "secret").write_bytes(bytes(32))
+    assert load_secret(NodeConfig(tiers, secret_file=str(tmp_path / "secret"))) == bytes(32)
 
 
 class Odd(MemoryKeyedStore):
