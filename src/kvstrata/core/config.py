@@ -45,12 +45,14 @@ _UNITS: Final = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_PLUGIN: Final = re.compile(r"[a-z][a-z0-9_.-]*")
 _CODEC: Final = re.compile(r"[a-z][a-z0-9_.+-]*")
 _EXAMPLES: Final = {
     TierKind.DISK: "disk:DIRECTORY:SIZE, for example disk:/var/kv:20GiB, or for several "
     "disk:/nvme0/kv|/nvme1/kv:4TiB",
     TierKind.SHARED: "shared:DIRECTORY:SIZE, for example shared:/nfs/kv:1TiB",
     TierKind.OBJECT: "object:URL:SIZE, for example object:s3://BUCKET/PREFIX:1TiB",
+    TierKind.STORE: "store:NAME:URL:SIZE, for example store:redis:redis://HOST:6379:64GiB",
 }
 _SIZE_BYTES_MAX: Final = 1 << 50  # 1 PiB: larger is a typing error, and would overflow file offsets
 
@@ -72,9 +74,11 @@ class TierConfig:
     """For the host tier: it is only where blocks wait on their way between engine and the tier
     below, and keeps each from eviction until it is written there."""
     url: str | None = None
-    """Where an object tier is (`storage/location.py`); None for the others."""
+    """Where an object tier is (`storage/location.py`), or a store; None for the others."""
     codec: str = NO_CODEC
-    """For a shared or an object tier: what its blocks are written with, as `zstd+aes`."""
+    """For a shared, an object or a store tier: what its blocks are written with, as `zstd+aes`."""
+    plugin: str | None = None
+    """For a store tier: the name under which a package offers it; None for the others."""
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -238,9 +242,9 @@ def parse_tiers(text: str) -> tuple[TierConfig, ...]:
     """Return the tiers of `[host:SIZE[:bypass],]disk:PLACES:SIZE[:ADMISSION],...`, host first.
 
     Places are directories or block devices, `|` between them; over several the tier is striped.
-    Besides `disk` there are `shared:DIRECTORY:SIZE` and `object:URL:SIZE`, both with a codec chain
-    behind the size if wanted. A list that begins below the host gets a host of `BYPASS_BYTES` that
-    is bypassed. Raises
+    Besides `disk` there are `shared:DIRECTORY:SIZE`, `object:URL:SIZE` and `store:NAME:URL:SIZE`,
+    all with a codec chain behind the size if wanted. A list that begins below the host gets a host
+    of `BYPASS_BYTES` that is bypassed. Raises
     ConfigError for an unknown, repeated, missing or misplaced tier, and for a bad size.
     """
     found = [_parse_tier(part.strip()) for part in text.split(",") if part.strip()]
@@ -276,7 +280,7 @@ def _parse_tier(text: str) -> TierConfig:
         return _parse_lower(TierKind(name), text, rest)
     raise ConfigError(
         f"tiers: unknown tier {name!r}",
-        hint="known tiers are host, disk, shared and object: host:2GiB,disk:/var/kv:20GiB",
+        hint="known tiers are host, disk, shared, object and store: host:2GiB,disk:/var/kv:20GiB",
     )
 
 
@@ -290,14 +294,28 @@ def _parse_lower(kind: TierKind, text: str, rest: str) -> TierConfig:
         place, _, size = place.rpartition(":")
     places = place.split(PLACE_SEPARATOR) if kind is TierKind.DISK else [place]
     if not all(each.strip() for each in places):
-        what = "URL" if kind is TierKind.OBJECT else "directory"
+        what = "URL" if kind in {TierKind.OBJECT, TierKind.STORE} else "directory"
         raise ConfigError(
             f"tiers.{kind.value}: {text!r} names no {what}", hint=f"write {_EXAMPLES[kind]}"
         )
     capacity = parse_bytes(size, field=f"tiers.{kind.value}")
     if kind is TierKind.OBJECT:
         return TierConfig(kind, capacity, admission=admission, url=place, codec=codec)
+    if kind is TierKind.STORE:
+        name, url = _split_plugin(place)
+        return TierConfig(kind, capacity, None, admission, url=url, codec=codec, plugin=name)
     return TierConfig(kind, capacity, place, admission, codec=codec)
+
+
+def _split_plugin(place: str) -> tuple[str, str]:
+    """Return the name and the URL of a store's place `NAME:URL`."""
+    name, _, url = place.partition(":")
+    if not _PLUGIN.fullmatch(name) or not url.strip():
+        raise ConfigError(
+            f"tiers.store: {place.partition(':')[0]!r} and what follows are no name and URL",
+            hint=f"write {_EXAMPLES[TierKind.STORE]}",
+        )
+    return name, url
 
 
 def _split_admission(text: str) -> tuple[str, Admission]:

@@ -27,11 +27,13 @@ class TierKind(Enum):
     """A directory of files, one a block, that several daemons may share."""
     OBJECT = "object"
     """A bucket of objects, one a block, that several daemons may share."""
+    STORE = "store"
+    """A store that another package brings, found by name; several daemons may share it."""
 
     @property
     def keyed(self) -> bool:
         """Whether blocks lie under names made from their keys, and not in slots."""
-        return self in {TierKind.SHARED, TierKind.OBJECT}
+        return self in {TierKind.SHARED, TierKind.OBJECT, TierKind.STORE}
 
 
 class Admission(Enum):

@@ -19,6 +19,7 @@ __all__ = ["SECRET_NAME", "load_secret", "node_secret"]
 SECRET_NAME: Final = "secret"  # noqa: S105  # a file's name
 """Name of the file beside the first disk tier's blocks."""
 _SECRET_BYTES: Final = 32
+_REMOTE: Final = frozenset({TierKind.OBJECT, TierKind.STORE})
 
 
 def node_secret(config: NodeConfig) -> bytes:
@@ -47,9 +48,12 @@ def load_secret(config: NodeConfig) -> bytes:
     shared = [tier.directory for tier in config.tiers if tier.kind is TierKind.SHARED]
     kept += [(place, "tiers.shared") for place in shared if place]
     files = [each for each in kept if not is_device(each[0])]
-    if not files and any(tier.kind is TierKind.OBJECT for tier in config.tiers):
+    remote = [tier.kind for tier in config.tiers if tier.kind in _REMOTE]
+    if not files and remote:
+        article = "an" if remote[0] is TierKind.OBJECT else "a"
         raise ConfigError(
-            "secret_file: an object tier needs a secret that outlives this daemon",
+            f"secret_file: {article} {remote[0].value} tier needs a secret that outlives this "
+            "daemon",
             hint="head -c 32 /dev/urandom > FILE; chmod 600 FILE, and name it with --secret-file",
         )
     if kept and not files:

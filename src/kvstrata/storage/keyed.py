@@ -65,6 +65,10 @@ class KeyedStatistics:
     """Names that were asked to go, whether they were there or not."""
     errors: int = 0
     """Calls that raised a TransferError."""
+    invalid: int = 0
+    """Answers of a plug-in that could not be ones, as of a wrong type or length; errors too."""
+    late: int = 0
+    """Calls of a plug-in that were given up at their deadline, or not begun; errors too."""
     retries: int = 0
     """Requests that were sent again."""
     resolved: int = 0

@@ -17,6 +17,7 @@ from kvstrata.storage.footing import check_directory
 from kvstrata.storage.keyed import KeyedStore
 from kvstrata.storage.location import parse_location
 from kvstrata.storage.objects import ObjectStore
+from kvstrata.storage.plugged import StoreRequest, check_plugged, open_plugged
 
 __all__ = ["check_keyed", "keyed_slots", "lossy_codecs", "open_chain", "open_keyed"]
 
@@ -35,6 +36,10 @@ def check_keyed(tier: TierConfig) -> None:
                 "tiers.object: the object client is not installed",
                 hint="pip install 'kvstrata[object]'",
             ) from error
+    elif tier.kind is TierKind.STORE:
+        assert tier.plugin is not None, "a store tier without a name"
+        assert tier.url is not None, "a store tier without a URL"
+        check_plugged(tier.plugin, tier.url)
     else:
         assert tier.directory is not None, "a shared tier without a directory"
         check_directory(tier.directory, field=f"tiers.{tier.kind.value}")
@@ -43,17 +48,22 @@ def check_keyed(tier: TierConfig) -> None:
 
 def open_keyed(tier: TierConfig, layout: BlockLayout, limits: Limits) -> KeyedStore:
     """Return the store of `layout`; raises ConfigError, for what is not ours LayoutError."""
+    if tier.kind is TierKind.SHARED:
+        assert tier.directory is not None, "a shared tier without a directory"
+        return DirectoryStore.open(tier.directory, tier.capacity_bytes, layout)
+    assert tier.url is not None, f"{tier.kind.value} tier without a URL"
+    if keyed_slots(tier, layout) < 1:
+        raise ConfigError(
+            f"tiers.{tier.kind.value}: {tier.capacity_bytes} bytes hold not one block of "
+            f"{layout.block_bytes}",
+            hint=f"use a larger {tier.kind.value} tier",
+        )
+    timeout_s = limits.object_timeout_s
     if tier.kind is TierKind.OBJECT:
-        assert tier.url is not None, "an object tier without a URL"
-        if keyed_slots(tier, layout) < 1:
-            raise ConfigError(
-                f"tiers.object: {tier.capacity_bytes} bytes hold not one block of "
-                f"{layout.block_bytes}",
-                hint="use a larger object tier",
-            )
-        return ObjectStore.open(tier.url, layout, timeout_s=limits.object_timeout_s)
-    assert tier.directory is not None, "a shared tier without a directory"
-    return DirectoryStore.open(tier.directory, tier.capacity_bytes, layout)
+        return ObjectStore.open(tier.url, layout, timeout_s=timeout_s)
+    assert tier.plugin is not None, "a store tier without a name"
+    request = StoreRequest(tier.url, layout, tier.capacity_bytes, timeout_s)
+    return open_plugged(tier.plugin, request)
 
 
 def open_chain(tier: TierConfig, settings: CodecSettings) -> CodecChain:
@@ -72,7 +82,7 @@ def keyed_slots(tier: TierConfig, layout: BlockLayout) -> int:
 
     Of a directory as many as its collector leaves, so that alone we never wake it.
     """
-    if tier.kind is TierKind.OBJECT:
+    if tier.kind is not TierKind.SHARED:
         return tier.capacity_bytes // (layout.block_bytes + HEADER_BYTES)
     usable = int(tier.capacity_bytes * DirectoryLimits().collect_to)
     return usable // (align(layout.block_bytes) + PAGE_BYTES)

@@ -7,18 +7,19 @@ made or tried is not chosen, and the reason is kept.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import IO, Final, NamedTuple, Protocol
 
 from kvstrata.core.errors import ConfigError, TransferError
 from kvstrata.core.ids import TransferId
+from kvstrata.core.plugins import Plugin, check_verbs, find_plugin, load_plugin, plugins, said
 from kvstrata.storage.base import FileRegion, MemoryRegion, Region
 from kvstrata.transfer.backends.memcpy import MemcpyBackend
 from kvstrata.transfer.backends.nixl.backend import NixlBackend
@@ -68,6 +69,9 @@ PAIRS: Final[tuple[Pair, ...]] = (
 )
 """What a node moves."""
 
+_KINDS: Final = frozenset({"memory", "file", "peer", "sealed memory"})
+_DECLARABLE: Final = frozenset((source, target) for source in _KINDS for target in _KINDS)
+_TEXT_MAX: Final = 200
 _VERBS: Final = ("submit", "poll", "cancel", "capabilities", "close")
 _MARGIN: Final = 1.25  # less is noise, and a choice that changes with noise explains nothing
 _PROBE_BYTES: Final = 16 << 20
@@ -108,23 +112,19 @@ class Choice:
 
 def backend_names() -> list[str]:
     """Return every name that `make_backend` knows here, shipped ones first."""
-    return [*SHIPPED, *sorted(_plugged().keys() - SHIPPED.keys())]
+    return [*SHIPPED, *(name for name in plugins(ENTRY_POINTS) if name not in SHIPPED)]
 
 
 def make_backend(name: str, *, notify: Callable[[], None] = lambda: None) -> TransferBackend:
     """Return a new backend.
 
-    Raises ConfigError for a name nobody offers, for one that cannot work here, and for a plug-in
-    that cannot be loaded or is no backend. A plug-in cannot take the name of a shipped backend.
+    Raises ConfigError for a name nobody offers, or two packages do, for one that cannot work here,
+    and for a plug-in that cannot be loaded, is no backend, or declares capabilities that are none.
+    A plug-in cannot take the name of a shipped backend.
     """
     if name in SHIPPED:
         return SHIPPED[name](notify=notify)
-    plugged = _plugged().get(name)
-    if plugged is None:
-        raise ConfigError(
-            f"backend: unknown backend {name!r}", hint=f"known here: {', '.join(backend_names())}"
-        )
-    return _load(name, plugged, notify)
+    return _make(find_plugin(ENTRY_POINTS, name, what="backend", known=SHIPPED), notify)
 
 
 def choose(
@@ -244,25 +244,31 @@ def _time_move(opened: _Opened, source: Region, target: Region) -> float:
     return took
 
 
-def _plugged() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
-
-
-def _load(name: str, entry: EntryPoint, notify: Callable[[], None]) -> TransferBackend:
+def _make(plugin: Plugin, notify: Callable[[], None]) -> TransferBackend:
+    make = load_plugin(plugin, what="backend")
     try:
-        made = entry.load()(notify=notify)
+        made = make(notify=notify)
     except ConfigError:
         raise
     except Exception as error:  # whatever a plug-in raises: say whose it is
         raise ConfigError(
-            f"backend: plug-in {name!r} ({entry.value}) cannot be made: {error}",
-            hint="mend or remove the package that offers it",
+            f"backend: plug-in {plugin} cannot be made: {said(error)}",
+            hint=f"mend, update or uninstall {plugin.distribution}",
         ) from error
-    missing = [verb for verb in _VERBS if not callable(getattr(made, verb, None))]
-    if missing:
-        raise ConfigError(
-            f"backend: plug-in {name!r} ({entry.value}) has no {', '.join(missing)}",
-            hint="implement TransferBackend, see docs/contracts/transfer-backend.md",
-        )
+    check_verbs(made, _VERBS, plugin, what="backend", page="transfer-backend.md")
     backend: TransferBackend = made
+    declared: frozenset[object]
+    try:
+        declared = frozenset(backend.capabilities())
+    except Exception as error:  # noqa: BLE001  # it is refused, with its own words
+        declared = frozenset({said(error)})
+    if not declared or not declared <= _DECLARABLE:
+        with contextlib.suppress(Exception):
+            backend.close()
+        wrong = sorted(map(repr, declared - _DECLARABLE)) or ["nothing"]
+        raise ConfigError(
+            f"backend: plug-in {plugin} declares {', '.join(wrong)[:_TEXT_MAX]} as capabilities",
+            hint=f"declare pairs of {', '.join(sorted(_KINDS))}, see "
+            "docs/contracts/transfer-backend.md",
+        )
     return backend

@@ -18,10 +18,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvstrata.core.errors import ConfigError
+from kvstrata.core.plugins import find_plugin, load_plugin, plugins
+from kvstrata.policy.registry import ENTRY_POINTS as POLICIES
 from kvstrata.storage.base import PAGE_BYTES
 from kvstrata.storage.memory import machine_memory_bytes
+from kvstrata.storage.plugged import ENTRY_POINTS as STORES
 from kvstrata.transfer.backends.nixl.binding import INSTALL_HINT, nixl_version
 from kvstrata.transfer.backends.nixl.probe import probe_plugins
+from kvstrata.transfer.registry import ENTRY_POINTS as BACKENDS
 from kvstrata.transfer.registry import Choice, choose
 
 __all__ = ["Finding", "run_doctor"]
@@ -34,6 +39,9 @@ _ENGINES: Final = {
 }
 """Module -> distributions that bring it."""
 
+_GROUPS: Final = {"store": STORES, "backend": BACKENDS, "policy": POLICIES}
+"""What a plug-in can be -> its entry-point group."""
+
 _REQUIRED: Final = {("memory", "memory"), ("memory", "file"), ("file", "memory")}
 
 
@@ -42,7 +50,7 @@ class Finding:
     """One thing that was looked at."""
 
     group: str
-    """What it belongs to: backend, nixl plug-in, store, engine, host."""
+    """What it belongs to: backend, nixl plug-in, store, plug-in, engine, host."""
     name: str
     """What it is."""
     usable: bool
@@ -60,6 +68,7 @@ def run_doctor(directory: Path | None, *, as_json: bool) -> int:
         *_backends(choices),
         *_plugins(_say),
         *_stores(directory),
+        *_packages(),
         *_engines(),
         *_host(),
     ]
@@ -125,6 +134,21 @@ def _stores(directory: Path | None) -> Iterator[Finding]:
         f"obstore {found}" if found else "obstore is not installed",
         "" if found else "pip install obstore (S3, Azure Blob, Google Cloud Storage)",
     )
+
+
+def _packages() -> Iterator[Finding]:
+    """Load what other packages offer, and open nothing: an address is needed for that."""
+    for what, group in _GROUPS.items():
+        for name in plugins(group):
+            shown = f"{what} {name}"
+            try:
+                plugin = find_plugin(group, name, what=what)
+                load_plugin(plugin, what=what)
+            except ConfigError as error:
+                yield Finding("plug-in", shown, usable=False, why=error.message, remedy=error.hint)
+                continue
+            why = f"{plugin.distribution} {plugin.version} ({plugin.entry.value})"
+            yield Finding("plug-in", shown, usable=True, why=why)
 
 
 def _no(name: str, why: str, remedy: str) -> Finding:

@@ -1,27 +1,45 @@
-"""The laws of `KeyedStore`; docs/contracts/keyed-store.md says them in words."""
+"""The laws of `KeyedStore`; docs/contracts/keyed-store.md says them in words.
+
+Of a store that is installed as a plug-in they can be tried without a line of code:
+
+    KVSTRATA_STORE=NAME=URL pytest --pyargs kvstrata.testing.contracts.keyed_store
+"""
 
 from __future__ import annotations
 
+import os
 import random
 import threading
+import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 import pytest
 
-from kvstrata.core.errors import ChecksumError, TransferError
+from kvstrata.core.errors import ChecksumError, ConfigError, TransferError
 from kvstrata.core.ids import SequenceHash
+from kvstrata.layout import BlockLayout, Dimension
 from kvstrata.storage.envelope import HEADER_BYTES
 from kvstrata.storage.keyed import KeyedStore, PutAnswer
+from kvstrata.storage.plugged import StoreRequest, check_plugged, open_unchecked
 
-__all__ = ["KeyedStoreContract", "OpenKeyedStore"]
+__all__ = [
+    "VARIABLE",
+    "KeyedStoreContract",
+    "OpenKeyedStore",
+    "TestInstalledStore",
+    "fresh_request",
+]
 
 T = TypeVar("T")
 _TRIES: Final = 20
 
 OpenKeyedStore = Callable[[], KeyedStore]
 """Opens the store under test; the same place at each call."""
+
+VARIABLE: Final = "KVSTRATA_STORE"
+"""Names the installed store that `TestInstalledStore` tries, as NAME=URL."""
 
 _LENGTH = 70_001  # neither pages nor a power of two
 _WRITERS = 8
@@ -189,6 +207,68 @@ class KeyedStoreContract:
                 store.put(key, head, payload)
             assert not caught.value.retryable
         assert list(store.entries()) == []
+
+
+def fresh_request(url: str, timeout_s: float = 10.0) -> StoreRequest:
+    """Return a request for a layout that nobody has used, so that its place at `url` is empty."""
+    layout = BlockLayout((Dimension(f"try_{uuid.uuid4().hex}", _LENGTH),), "int8", 16, "suite")
+    return StoreRequest(url, layout, 1 << 30, timeout_s)
+
+
+class TestInstalledStore(KeyedStoreContract):
+    """The store that `VARIABLE` names, opened as a daemon opens it.
+
+    Each test has a layout of its own and deletes what it wrote: what else is at the URL stays.
+    """
+
+    @pytest.fixture
+    def name_and_url(self) -> tuple[str, str]:
+        """Return what `VARIABLE` says."""
+        name, equals, url = os.environ.get(VARIABLE, "").partition("=")
+        if not equals:
+            pytest.fail(f"{VARIABLE} names no store: write {VARIABLE}=NAME=URL", pytrace=False)
+        return name, url
+
+    @pytest.fixture
+    def open_store(self, name_and_url: tuple[str, str]) -> Iterable[OpenKeyedStore]:
+        """Return the function that opens it; what it holds in the end is deleted."""
+        name, url = name_and_url
+        request = fresh_request(url)
+        opened: list[KeyedStore] = []
+
+        def open_one() -> KeyedStore:
+            opened.append(_open_installed(name, request))
+            return opened[-1]
+
+        yield open_one
+        if opened:
+            left = _open_installed(name, request)
+            left.delete([entry.key for entry in left.entries()])
+            left.close()
+
+    def test_law_12_layouts_are_kept_apart(self, name_and_url: tuple[str, str]) -> None:
+        """A block of one layout is a miss in another, at the same URL."""
+        name, url = name_and_url
+        one, other = (_open_installed(name, fresh_request(url)) for _ in range(2))
+        one.put(_key(1), *_block(1))
+        assert other.exists([_key(1)]) == [False]
+        assert _read(other, 1, _LENGTH) is None
+        assert list(other.entries()) == []
+        other.delete([_key(1)])
+        assert _read(one, 1, _LENGTH) == _expected(1)
+        one.delete([_key(1)])
+        one.close()
+        other.close()
+
+
+def _open_installed(name: str, request: StoreRequest) -> KeyedStore:
+    """Open it as a daemon does, but for the wrapper that would hide what it does wrong."""
+    try:
+        check_plugged(name, request.url)
+        return open_unchecked(name, request)
+    except ConfigError as error:
+        refusal = str(error)
+    pytest.fail(refusal, pytrace=False)
 
 
 def _key(number: int) -> SequenceHash:
