@@ -228,17 +228,17 @@ class KvstrataCache(DynamicCache):  # type: ignore[misc]  # transformers is unty
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Change the rows, as beam search does; nothing of them is kept then."""
-        self._unkept = "rows reordered"
+        self._unkept = self._unkept or "rows reordered"
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat the rows; nothing of them is kept then."""
-        self._unkept = "rows repeated"
+        self._unkept = self._unkept or "rows repeated"
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Select rows; nothing of them is kept then."""
-        self._unkept = "rows selected"
+        self._unkept = self._unkept or "rows selected"
         super().batch_select_indices(indices)
 
     def note_forward(self, given: Mapping[str, Any]) -> None:
