@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -56,23 +57,23 @@ def test_dozens_of_prompts(tiny, kind, make_cache, tmp_path):
 
 
 def test_logits_are_those_of_a_prefill_in_two_parts(tiny, llama, make_cache):
-    """To the bit; and within rounding of those of a prefill in one part."""
+    """To the bit, if the prefix was computed in the same part; else within rounding."""
     import torch
     from transformers import DynamicCache
 
     ids = tiny.ids(75)
     cache = make_cache(llama)
-    tiny.answer(cache, ids, 1)
     with torch.no_grad():
         split = DynamicCache(config=llama.config)
         llama(ids[:, :64], past_key_values=split)
         expected = llama(ids[:, 64:], past_key_values=split).logits
+        llama(ids[:, :64], past_key_values=cache.begin(ids[:, :64]))
+        assert cache.keep() == 4
         got = llama(ids[:, 64:], past_key_values=cache.begin(ids)).logits
         whole = llama(ids).logits[:, 64:]
     assert cache.statistics.loaded_tokens == 64
-    # The kept KV was computed with the 11 tokens behind it, so the bits are those of that product.
-    assert float((got - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
-    assert float((got - whole).abs().max()) <= 1e-4 * float(whole.abs().max())
+    assert torch.equal(got, expected)
+    assert float((got - whole).abs().max()) <= 1e-5 * float(whole.abs().max())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -239,7 +240,8 @@ def test_a_daemon_that_does_not_answer_is_not_waited_for_long(tiny, llama, make_
             assert torch.equal(tiny.answer(cache, ids), expected)
         assert time.monotonic() - began < 2.0
     finally:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # given up, it was killed already
+            os.kill(pid, signal.SIGKILL)
     assert cache.statistics.failed_calls >= 1
 
 

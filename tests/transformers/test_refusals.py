@@ -324,3 +324,6 @@ def test_closing_takes_the_hook_out(tiny, make_cache):
     cache.close()
     cache.close()
     assert not model._forward_pre_hooks
+    for use in (cache.begin, cache.generate):
+        with pytest.raises(ValueError, match="closed"):
+            use(tiny.ids(20))

@@ -66,6 +66,7 @@ class Binding:
         """
         refuse_model(model)
         self.model = model
+        self.closed = False
         self.settings = settings
         self._parameters = tuple(inspect.signature(model.forward).parameters)
         whole, tokens = _canary_tokens(model, settings.block_tokens)
@@ -104,6 +105,7 @@ class Binding:
 
     def close(self) -> None:
         """Take the hook out of the model and leave the daemon; twice is harmless."""
+        self.closed = True
         self._hook.remove()
         self.prefixes.close()
 

@@ -118,11 +118,14 @@ class KvstrataCache(DynamicCache):  # type: ignore[misc]  # transformers is unty
         if input_ids is None:
             input_ids = options.pop("inputs", None)
         model = self.binding.model
-        reason = unserved(model, input_ids, options) or self.binding.unusable()
+        reason = unserved(model, input_ids, options)
+        if input_ids is not None and not reason:
+            past = self.begin(input_ids, salt=salt, tenant=tenant)
+            reason = self._unkept
         if input_ids is None or reason:
+            self._open = False
             self._count(self.statistics.unserved, reason)
             return model.generate(input_ids, **options)
-        past = self.begin(input_ids, salt=salt, tenant=tenant)
         try:
             output = model.generate(input_ids, past_key_values=past, **options)
         except BaseException:
@@ -141,8 +144,10 @@ class KvstrataCache(DynamicCache):  # type: ignore[misc]  # transformers is unty
         """Empty the cache, load the longest kept prefix of every row, and return the cache.
 
         `input_ids` is one row, or `[rows, tokens]`, with no padding. At least one token is left to
-        compute. Raises ValueError for anything else.
+        compute. Raises ValueError for anything else, and after `close`.
         """
+        if self.binding.closed:
+            raise ValueError("this cache is closed (hint: make another with for_model)")
         rows = _rows_of(input_ids)
         self._reset(rows)
         settings = self.binding.settings
@@ -151,7 +156,6 @@ class KvstrataCache(DynamicCache):  # type: ignore[misc]  # transformers is unty
         _check(self._tenant, settings.block_tokens)
         self._unkept = self.binding.unusable()
         if self._unkept:
-            self._warn(self._unkept)
             return self
         tokens, layers = self.binding.prefixes.load(rows, self._salt)
         for layer, (keys, values) in zip(self.layers, layers, strict=bool(tokens)):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelWatch", "model_namespace"]
 
-_SAMPLES: Final = 1024
+_SAMPLES: Final = 256
 """Elements of each weight that are looked at before each use."""
 
 
@@ -47,7 +47,7 @@ def model_namespace(model: PreTrainedModel, layout: BlockLayout, revision: str) 
 class ModelWatch:
     """Notices changes of a model that would make it compute other numbers than those kept.
 
-    It compares configuration, hooks, the place and version of each weight, and 1024 samples of
+    It compares configuration, hooks, the place and version of each weight, and 256 samples of
     each: a weight may be changed behind its version counter (`weight.data += delta`). What it
     cannot see is such a change of elements that are not among the samples.
     """
