@@ -24,6 +24,7 @@ from kvstrata.layout import (
 )
 
 FUSED = "vllm-paged-fused-kv"
+VEC = "vllm-cpu-vec"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Model:
         order: Sequence[str],
         *,
         page: int | None = None,
-        fused: bool = False,
+        writer: str = "test",
         shard: Shard | None = None,
     ) -> BlockLayout:
         """The layout whose axes lie in `order`; axes that it does not have are left out."""
@@ -53,16 +54,22 @@ class Model:
             "head": self.heads // shard.tensor_size,
             "page": self.tokens // page,
             "token": page,
-            "channel": self.channels * (2 if fused else 1),
+            "channel": self.channels * (1 if writer == "test" else 2),
         }
-        if self.kv and not fused:
+        if self.kv and writer == "test":
             sizes["kv"] = 2
         names = [name for name in order if name in sizes]
+        if writer == VEC:  # it packs tokens and channels, so they lie innermost
+            names = [
+                *(each for each in names if each not in {"token", "channel"}),
+                "token",
+                "channel",
+            ]
         return BlockLayout(
             tuple(Dimension(name, sizes[name]) for name in names),
             self.dtype,
             self.tokens,
-            writer=FUSED if fused else "test",
+            writer=writer,
             shard=shard,
         )
 
@@ -81,6 +88,13 @@ def block(model: Model, layout: BlockLayout) -> bytes:
         channel, kv = at["channel"], at.get("kv", 0)
         if layout.writer == FUSED:
             kv, channel = divmod(channel, model.channels)
+        if layout.writer == VEC:  # keys [channel, token], then values [token, channel]
+            page = sizes["token"]
+            place = at["token"] * sizes["channel"] + channel
+            kv, place = divmod(place, page * model.channels)
+            token -= at["token"]
+            channel, inner = divmod(place, page) if kv == 0 else divmod(place, model.channels)[::-1]
+            token += inner
         number = layer
         for part, size in (
             (kv, 2), (head, model.heads), (token, model.tokens), (channel, model.channels),
@@ -106,12 +120,15 @@ MODELS = st.builds(
     heads=st.sampled_from([1, 2, 4]),
     tokens=st.sampled_from([4, 12]),
     channels=st.integers(1, 3),
-    dtype=st.sampled_from(["int32", "int64", "int16"]),
+    dtype=st.sampled_from(["int32", "int64", "int16", "float32"]),
 )
 
 
 @st.composite
 def layouts(draw: st.DrawFn, model: Model, *, shard: bool = True) -> BlockLayout:
+    writers = ["test", FUSED] if model.kv else ["test"]
+    if model.kv and model.dtype == "float32":
+        writers.append(VEC)
     pages = [size for size in range(1, model.tokens + 1) if model.tokens % size == 0]
     ranks = Shard()
     if shard:
@@ -126,7 +143,7 @@ def layouts(draw: st.DrawFn, model: Model, *, shard: bool = True) -> BlockLayout
     return model.layout(
         draw(ORDERS),
         page=draw(st.sampled_from(pages)),
-        fused=draw(st.booleans()) and model.kv,
+        writer=draw(st.sampled_from(writers)),
         shard=ranks,
     )
 
@@ -197,8 +214,8 @@ def test_tensor_sizes_4_1_2():
         assert moved([plan_transform(hnd, half)], [one], half) == block(model, half)
 
 
-def test_vllm_block_as_separate_k_and_v():
-    """The layout that the vLLM connector stores, as the transformers connector's."""
+def test_a_fused_block_as_separate_k_and_v():
+    """The layout of a paged cache whose axes say it all, as the transformers connector's."""
     cache = PagedCache(layers=2, heads=2, page_tokens=4, channels=6, dtype="float32")
     model = Model(layers=2, heads=2, tokens=8, channels=3, dtype="float32")
     source = cache.block_layout(8)
@@ -240,7 +257,9 @@ MODEL = Model(layers=2, heads=4, tokens=8, channels=2)
         (lambda: replace(MODEL.layout(HND), shard=Shard(tensor_rank=1)), "not below its size"),
         (lambda: MODEL.layout(["layer", "kv", "token", "channel"]), "heads of the model differ"),
         (lambda: replace(MODEL.layout(HND), block_tokens=16), "do not hold 16 tokens"),
-        (lambda: replace(MODEL.layout(HND), writer=FUSED), "fused channels have none"),
+        (lambda: PagedCache(2, 4, 8, 4, "int32", "amx").block_layout(8), "not known here"),
+        (lambda: PagedCache(2, 4, 8, 4, "bfloat16", "vec").block_layout(8), "for float32 only"),
+        (lambda: replace(MODEL.layout(HND), writer=FUSED), "not K and V of equal size"),
         (lambda: MODEL.layout(["layer", "kv", "page", "head", "channel"]), "unknown or absent"),
         (
             lambda: BlockLayout((Dimension("axis0", 64),), "int32", 8, writer="array"),
@@ -248,7 +267,7 @@ MODEL = Model(layers=2, heads=4, tokens=8, channels=2)
         ),
         (
             lambda: PagedCache(2, 4, 8, 3, "int32").block_layout(8),
-            "no K and V of equal size",
+            "not K and V of equal size",
         ),
     ],
 )

@@ -9,9 +9,13 @@ each of them lies. Every element has five coordinates, whatever the order of the
     token      of the block; pages cut this range, `token = page * page tokens + place`
     channel    of one head's K or V
 
-A layout without a `kv` axis has K and V side by side in its channels if its writer is known to
-write so (`FUSED_KV_WRITERS`): the lower half of the channels of a token in a head is K, the upper
-half is V. Without either it has one number where others have two, as multi-head latent attention.
+A layout without a `kv` axis has K and V in the page of a head in a way that its writer knows:
+
+    vllm-paged-fused-kv   [token, K channels then V channels], as its axes say
+    vllm-cpu-vec          [K channel, token], then [V token, channel]
+
+Of any other writer the axes are believed; without `kv` it has one number where others have two, as
+multi-head latent attention. Packings of vLLM that are not in the table are refused.
 """
 
 from __future__ import annotations
@@ -29,11 +33,10 @@ from kvstrata.layout.block import DTYPE_BYTES, BlockLayout
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["FUSED_KV_WRITERS", "StridedCopy", "apply_transform", "plan_gather", "plan_transform"]
+__all__ = ["StridedCopy", "apply_transform", "plan_gather", "plan_transform"]
 
-FUSED_KV_WRITERS: Final = frozenset({"vllm-paged-fused-kv"})
-"""Writers whose channels are K, then V, in equal halves."""
-
+_FUSED: Final = "vllm-paged-fused-kv"
+_CPU_VEC: Final = "vllm-cpu-vec"
 _KNOWN_AXES: Final = frozenset({"layer", "kv", "page", "head", "token", "channel"})
 _NEEDED_AXES: Final = frozenset({"layer", "token", "channel"})
 
@@ -67,7 +70,11 @@ class _Places:
     kv: str
     """`pair` for K and V, on an axis or fused; `single` for neither."""
     strides: dict[str, int]
-    """Elements from one step to the next: layer, kv, page, head, token, channel."""
+    """Elements from one step to the next, of K: layer, page, head, token, channel."""
+    value_strides: dict[str, int]
+    """The same of V."""
+    value_offset: int
+    """Elements from the first of K to the first of V."""
     layers: range
     """Layers of the model that the block holds."""
     layers_total: int
@@ -153,38 +160,14 @@ def _places(layout: BlockLayout) -> _Places:
             f"{layout.describe()}: its pages do not hold {layout.block_tokens} tokens",
             hint="page * token must be the tokens of the block",
         )
-    fused = layout.writer in FUSED_KV_WRITERS
-    channels = sizes["channel"]
-    if "kv" in sizes if fused else sizes.get("kv", 2) != 2:  # noqa: PLR2004  # K and V
-        raise LayoutError(
-            f"{layout.describe()}: a kv axis is K and V, and fused channels have none",
-            hint="give the axis a size of 2, or leave it out",
-        )
-    if fused:
-        if channels % 2:
-            raise LayoutError(
-                f"{layout.describe()}: {channels} channels are no K and V of equal size",
-                hint="K and V of different sizes are not transformed",
-            )
-        channels //= 2
-        strides["kv"] = channels * strides["channel"]
-    shard, heads = layout.shard, sizes.get("head", 1)
-    if not (0 <= shard.tensor_rank < shard.tensor_size) or not (
-        0 <= shard.pipeline_rank < shard.pipeline_size
-    ):
-        raise LayoutError(
-            f"{layout.describe()}: a rank is not below its size",
-            hint="ranks count from 0",
-        )
-    if "head" not in sizes and shard.tensor_size > 1:
-        raise LayoutError(
-            f"{layout.describe()}: there are no heads that {shard.tensor_size} workers could split",
-            hint="what every worker holds is stored once, as the whole",
-        )
-    layers = sizes["layer"]
+    channels, (values, value_offset) = _split_kv(layout, sizes, strides)
+    _refuse_ranks(layout)
+    shard, heads, layers = layout.shard, sizes.get("head", 1), sizes["layer"]
     return _Places(
-        kv="pair" if fused or "kv" in sizes else "single",
+        kv="pair" if value_offset else "single",
         strides=strides,
+        value_strides=values,
+        value_offset=value_offset,
         layers=range(shard.pipeline_rank * layers, (shard.pipeline_rank + 1) * layers),
         layers_total=layers * shard.pipeline_size,
         heads=range(shard.tensor_rank * heads, (shard.tensor_rank + 1) * heads),
@@ -192,6 +175,59 @@ def _places(layout: BlockLayout) -> _Places:
         page_tokens=sizes["token"],
         channels=channels,
     )
+
+
+def _split_kv(
+    layout: BlockLayout, sizes: dict[str, int], strides: dict[str, int]
+) -> tuple[int, tuple[dict[str, int], int]]:
+    """Return the channels of K, and strides and start of V; corrects the strides of K."""
+    channels = sizes["channel"]
+    if layout.writer not in {_FUSED, _CPU_VEC}:
+        if layout.writer.startswith("vllm-"):
+            raise LayoutError(
+                f"{layout.describe()}: the engine packs its pages in a way that is not known here",
+                hint="only blocks of the same writer can be used for them",
+            )
+        if sizes.get("kv", 2) != 2:  # noqa: PLR2004  # K and V
+            raise LayoutError(
+                f"{layout.describe()}: a kv axis is K and V",
+                hint="give the axis a size of 2, or leave it out",
+            )
+        return channels, (strides, strides["kv"])
+    if "kv" in sizes or channels % 2:
+        raise LayoutError(
+            f"{layout.describe()}: {channels} channels are not K and V of equal size",
+            hint="a writer of fused K and V has no kv axis, and K and V of one size",
+        )
+    half = channels // 2
+    if layout.writer == _FUSED:
+        return half, (strides, half * strides["channel"])
+    names = [each.name for each in layout.dimensions]
+    if names[-2:] != ["token", "channel"] or layout.dtype != "float32":
+        raise LayoutError(
+            f"{layout.describe()}: this packing is known for float32 only, with tokens and "
+            "channels innermost",
+            hint="only blocks of the same writer can be used for it",
+        )
+    values = strides | {"token": half, "channel": 1}
+    strides |= {"token": 1, "channel": sizes["token"]}
+    return half, (values, sizes["token"] * half)
+
+
+def _refuse_ranks(layout: BlockLayout) -> None:
+    shard = layout.shard
+    if not (0 <= shard.tensor_rank < shard.tensor_size) or not (
+        0 <= shard.pipeline_rank < shard.pipeline_size
+    ):
+        raise LayoutError(
+            f"{layout.describe()}: a rank is not below its size",
+            hint="ranks count from 0",
+        )
+    if all(each.name != "head" for each in layout.dimensions) and shard.tensor_size > 1:
+        raise LayoutError(
+            f"{layout.describe()}: there are no heads that {shard.tensor_size} workers could split",
+            hint="what every worker holds is stored once, as the whole",
+        )
 
 
 def _refuse_other_numbers(source: BlockLayout, target: BlockLayout) -> None:
@@ -251,20 +287,43 @@ def _copies(
         return []
     source_start = _start(source, layers, heads)
     target_start = _start(target, layers, heads)
-    outer = [
-        _axis(len(layers), source, target, "layer"),
-        _axis(len(heads), source, target, "head"),
-        _axis(2 if source.kv == "pair" else 1, source, target, "kv"),
-        _axis(source.channels, source, target, "channel"),
-    ]
-    return [
-        _copy(source_start + source_at, target_start + target_at, [*outer, *axes])
-        for source_at, target_at, axes in _token_runs(source, target, tokens)
-    ]
+    if source.strides == source.value_strides and target.strides == target.value_strides:
+        pair = _Axis(2 if source.kv == "pair" else 1, source.value_offset, target.value_offset)
+        parts = [(0, 0, source.strides, target.strides, pair)]
+    else:  # K and V are each a rectangle, but not together
+        alone = _Axis(1, 0, 0)
+        parts = [
+            (0, 0, source.strides, target.strides, alone),
+            (
+                source.value_offset,
+                target.value_offset,
+                source.value_strides,
+                target.value_strides,
+                alone,
+            ),
+        ]
+    copies = []
+    for source_part, target_part, read, write, pair in parts:
+        outer = [
+            _Axis(len(layers), read["layer"], write["layer"]),
+            _Axis(len(heads), read["head"], write["head"]),
+            pair,
+            _Axis(source.channels, read["channel"], write["channel"]),
+        ]
+        pages = source.page_tokens, target.page_tokens
+        copies += [
+            _copy(
+                source_start + source_part + source_at,
+                target_start + target_part + target_at,
+                [*outer, *axes],
+            )
+            for source_at, target_at, axes in _token_runs(pages, read, write, tokens)
+        ]
+    return copies
 
 
 def _token_runs(
-    source: _Places, target: _Places, tokens: int
+    pages: tuple[int, int], read: dict[str, int], write: dict[str, int], tokens: int
 ) -> list[tuple[int, int, list[_Axis]]]:
     """Return the axes of the block's tokens, as (source offset, target offset, axes).
 
@@ -275,33 +334,32 @@ def _token_runs(
         target  |        page 0         |        page 1         | ...     pages of 6
         runs    |   0   |   1   |   2   |   3   |   4   |   5   | ...     of 2; period 12
     """
-    period = lcm(source.page_tokens, target.page_tokens)
-    run = gcd(source.page_tokens, target.page_tokens)
+    period, run = lcm(*pages), gcd(*pages)
+
+    def start(token: int) -> tuple[int, int]:
+        return _token_at(pages[0], read, token), _token_at(pages[1], write, token)
+
     common = [
-        _Axis(tokens // period, _token_at(source, period), _token_at(target, period)),
-        _axis(run, source, target, "token"),
+        _Axis(tokens // period, *start(period)),
+        _Axis(run, read["token"], write["token"]),
     ]
-    starts = [(_token_at(source, at), _token_at(target, at)) for at in range(0, period, run)]
-    if period in {source.page_tokens, target.page_tokens}:  # the runs are evenly spaced in both
+    starts = [start(token) for token in range(0, period, run)]
+    if period in pages:  # the runs are evenly spaced in both
         first, second = starts[0], starts[1] if len(starts) > 1 else (0, 0)
         runs = _Axis(len(starts), second[0] - first[0], second[1] - first[1])
         return [(0, 0, [*common, runs])]
-    return [(*start, common) for start in starts]
+    return [(*each, common) for each in starts]
 
 
-def _token_at(places: _Places, token: int) -> int:
-    page, place = divmod(token, places.page_tokens)
-    return page * places.strides["page"] + place * places.strides["token"]
+def _token_at(page_tokens: int, strides: dict[str, int], token: int) -> int:
+    page, place = divmod(token, page_tokens)
+    return page * strides["page"] + place * strides["token"]
 
 
 def _start(places: _Places, layers: range, heads: range) -> int:
     return (layers.start - places.layers.start) * places.strides["layer"] + (
         heads.start - places.heads.start
     ) * places.strides["head"]
-
-
-def _axis(count: int, source: _Places, target: _Places, name: str) -> _Axis:
-    return _Axis(count, source.strides[name], target.strides[name])
 
 
 def _copy(source_offset: int, target_offset: int, axes: Sequence[_Axis]) -> StridedCopy:

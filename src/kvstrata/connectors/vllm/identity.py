@@ -26,6 +26,7 @@ def engine_namespace(config: VllmConfig, layout: BlockLayout, revision: str) -> 
     numerics = {
         "hf_config": plain_config(model.hf_config.to_dict()),
         "dtype": str(model.dtype),
+        "writer": layout.writer,  # the same numbers packed otherwise are other bytes
         "quantization": str(model.quantization),
         # Some rope scalings choose their factors by it (long rope in vLLM does).
         "max_model_len": model.max_model_len,
