@@ -245,6 +245,41 @@ def test_a_daemon_that_does_not_answer_is_not_waited_for_long(tiny, llama, make_
     assert cache.statistics.failed_calls >= 1
 
 
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_slot_that_is_given_away_while_it_is_read_is_computed(tiny, llama, make_cache, lost):
+    import torch
+
+    cache, ids = make_cache(llama), tiny.ids(60)
+    expected = tiny.answer(cache, ids)
+    prefixes = cache.binding.prefixes
+    plain = prefixes._copy_out
+
+    def overtaken(slots):
+        layers = plain(slots)
+        prefixes._arena.generations[slots[0][lost]] += 1
+        for pair in layers:
+            for tensor in pair:  # what its new owner has written so far
+                tensor[:, :, lost * BLOCK : lost * BLOCK + 5] = 7.0
+        return layers
+
+    prefixes._copy_out = overtaken
+    assert cache.begin(ids).get_seq_length() == lost * BLOCK
+    assert cache.statistics.lost_blocks == 3 - lost
+    assert torch.equal(tiny.answer(cache, ids), expected)
+
+
+def test_prompts_without_a_full_block(tiny, llama, make_cache):
+    import torch
+
+    cache = make_cache(llama)
+    for tokens in (1, 2, BLOCK - 1, BLOCK, BLOCK + 1):
+        ids = tiny.ids(tokens)
+        for _ in range(2):
+            assert torch.equal(tiny.answer(cache, ids, 1), tiny.answer(llama, ids, 1))
+    assert cache.statistics.loaded_tokens == 2 * BLOCK, "the last token is always computed"
+    assert not cache.statistics.failed_calls
+
+
 _OTHER = """
 import sys
 import torch

@@ -118,6 +118,8 @@ class Prefixes:
             if not self._attach():
                 return 0, []
             hashes = [self._hashes(row[:-1], salt) for row in rows]
+            if not all(hashes):
+                return 0, []  # not one full block
             try:
                 return self._load(names, hashes)
             finally:
