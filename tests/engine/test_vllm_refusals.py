@@ -143,22 +143,6 @@ def test_quantised_cache_is_refused(engine_on):
     assert "KV cache" in said
 
 
-def test_revision_that_may_move_is_refused(tmp_path):
-    from types import SimpleNamespace
-
-    from kvstrata.connectors.vllm.identity import weights_revision
-
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    unknown, known = SimpleNamespace(), SimpleNamespace(_commit_hash=commit)
-    assert weights_revision("owner/model", "v1.0", known) == f"commit:{commit}"
-    assert weights_revision("owner/model", commit, unknown) == f"commit:{commit}"
-    for moving in (None, "main", "v1.0", commit[:12]):
-        with pytest.raises(ConfigError, match="weights_revision"):
-            weights_revision("owner/model", moving, unknown)
-    with pytest.raises(ConfigError, match="no weight files"):
-        weights_revision(str(tmp_path), None, unknown)
-
-
 def test_untested_vllm_is_refused(engine_on, monkeypatch):
     from kvstrata.connectors.vllm import geometry
 

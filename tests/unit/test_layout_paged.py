@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -35,6 +37,9 @@ def test_numbers() -> None:
     )
     assert (layout.dtype, layout.block_tokens) == ("float16", 16)
     assert layout.writer == "vllm-paged-fused-kv"
+    packed = replace(CACHE, packing="amx").block_layout(8)
+    assert packed.writer == "vllm-cpu-amx"
+    assert packed.fingerprint != layout.fingerprint
     assert layout.block_bytes == 2 * 4 * CACHE.page_bytes
 
 

@@ -2,5 +2,16 @@
 
 from kvstrata.layout.block import BlockLayout, Dimension, Shard
 from kvstrata.layout.paged import PagedCache, page_view
+from kvstrata.layout.transform import StridedCopy, apply_transform, plan_gather, plan_transform
 
-__all__ = ["BlockLayout", "Dimension", "PagedCache", "Shard", "page_view"]
+__all__ = [
+    "BlockLayout",
+    "Dimension",
+    "PagedCache",
+    "Shard",
+    "StridedCopy",
+    "apply_transform",
+    "page_view",
+    "plan_gather",
+    "plan_transform",
+]

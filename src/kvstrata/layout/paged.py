@@ -1,7 +1,8 @@
 """The geometry of an engine's paged cache, as bytes: where each layer's page lies.
 
 vLLM 0.32 hands over one 4-D tensor per layer, `[pages, heads, tokens, channels]` with K and V
-side by side in the channels (its layout `LBHNC`). A block of ours covers `block_tokens / page
+side by side in the channels (its layout `LBHNC`). Its CPU kernels use the page of a head as they
+like, which is copied as it is and named by `packing`. A block of ours covers `block_tokens / page
 tokens` pages of every layer and is stored as `[layer, page, head, token, channel]`:
 
     engine   layer 0: | page 0 | page 1 | page 2 | ...      layer 1: | page 0 | page 1 | ...
@@ -38,6 +39,14 @@ class PagedCache:
     """Element type, a key of `DTYPE_BYTES`."""
     ranks: int = 1
     """Workers that split the model's heads."""
+    packing: str = ""
+    """Name of the order within a head's page if it is not `[token, channel]`: vLLM's CPU kernels
+    pack keys for the instructions that they use (`vec`, `amx`, ...)."""
+
+    @property
+    def writer(self) -> str:
+        """Who knows how to read the blocks: different for each packing."""
+        return f"vllm-cpu-{self.packing}" if self.packing else "vllm-paged-fused-kv"
 
     @property
     def page_bytes(self) -> int:
@@ -67,7 +76,7 @@ class PagedCache:
             ),
             dtype=self.dtype,
             block_tokens=block_tokens,
-            writer="vllm-paged-fused-kv",
+            writer=self.writer,
         )
 
 

@@ -42,7 +42,20 @@ def paged_cache(config: VllmConfig, kv_cache_config: KVCacheConfig) -> PagedCach
         channels=spec.head_size + spec.head_size_v,
         dtype=str(spec.dtype).removeprefix("torch."),
         ranks=config.parallel_config.tensor_parallel_size,
+        packing=_packing(config, spec),
     )
+
+
+def _packing(config: VllmConfig, spec: Any) -> str:
+    """Return how vLLM's CPU kernels pack a page here; it depends on the machine's instructions."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return ""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    dtype, cache_dtype = config.model_config.dtype, config.cache_config.cache_dtype
+    return str(_get_attn_isa(dtype, spec.block_size, spec.head_size, cache_dtype))
 
 
 def _refuse_version() -> None:

@@ -1,0 +1,171 @@
+"""What computes other numbers never finds these blocks; what changes in memory is noticed."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.transformers
+
+
+def _use(tiny, cache, ids) -> int:
+    """Answer, and return how many tokens were loaded for it."""
+    before = cache.statistics.loaded_tokens
+    tiny.answer(cache, ids)
+    return cache.statistics.loaded_tokens - before
+
+
+def test_the_same_model_in_another_cache_hits(tiny, make_cache):
+    one = make_cache(tiny.model())
+    ids = tiny.ids(70)
+    assert _use(tiny, one, ids) == 0
+    assert _use(tiny, make_cache(tiny.model(), address=one.address), ids) == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({"seed": 1}, {}),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, {}),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}}, {}),
+        ({"rms_norm_eps": 1e-3}, {}),
+        ({"attn_implementation": "eager"}, {}),
+        ({}, {"salt": "another"}),
+        ({}, {"weights_revision": "r1"}),
+    ],
+    ids=["weights", "rope", "theta", "epsilon", "attention", "salt", "revision"],
+)
+def test_what_differs_never_hits(tiny, make_cache, changes, settings):
+    one = make_cache(tiny.model())
+    ids = tiny.ids(70)
+    _use(tiny, one, ids)
+    other = make_cache(tiny.model(**changes), address=one.address, **settings)
+    assert _use(tiny, other, ids) == 0
+    assert _use(tiny, other, ids) == 64, "it has blocks of its own now"
+    assert _use(tiny, one, ids) == 64
+
+
+def test_another_dtype_never_hits(tiny, make_cache):
+    """A daemon has one layout, so the other dtype is refused there, and has its own directory."""
+    from kvstrata.core.errors import ConfigError
+
+    one = make_cache(tiny.model())
+    _use(tiny, one, tiny.ids(70))
+    with pytest.raises(ConfigError, match="layout"):
+        make_cache(tiny.model(dtype="bfloat16"), address=one.address)
+
+
+def test_salts_and_tenants_by_call(tiny, llama, make_cache):
+    import torch
+
+    cache = make_cache(llama, tenant="house")
+    ids = tiny.ids(70)
+    expected = tiny.answer(llama, ids)
+    for salt in ("one", "two"):
+        assert torch.equal(tiny.answer(cache, ids, salt=salt, tenant=f"tenant-{salt}"), expected)
+        assert cache.statistics.loaded_tokens == 0
+    _use(tiny, cache, ids)
+    assert cache.statistics.loaded_tokens == 0
+    tiny.answer(cache, ids, salt="two")
+    assert cache.statistics.loaded_tokens == 64
+    from kvstrata.runtime.admin import AdminClient
+
+    with AdminClient(cache.address) as admin:
+        tenants = str(admin.stats()["node"]["tenants"])
+    assert all(repr(name) in tenants for name in ("house", "tenant-one", "tenant-two"))
+
+
+def _load_state(model):
+    model.load_state_dict({name: each * 1.01 for name, each in model.state_dict().items()})
+
+
+def _assign_state(model):
+    model.load_state_dict(
+        {name: each * 1.01 for name, each in model.state_dict().items()}, assign=True
+    )
+
+
+def _behind_the_counter(model):
+    model.model.layers[0].self_attn.k_proj.weight.data.mul_(1.01)
+
+
+def _one_element(model):
+    import torch
+
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[3, 5] += 1.0
+
+
+def _attention(model):
+    model.set_attn_implementation("eager")
+
+
+def _epsilon(model):
+    model.config.rms_norm_eps = 0.1
+
+
+def _hook(model):
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_load_state, "weights"),
+        (_assign_state, "weights"),
+        (_behind_the_counter, "weights"),
+        (_one_element, "weights"),
+        (_attention, "configuration"),
+        (_epsilon, "configuration"),
+        (_hook, "hooks"),
+        (lambda model: model.train(), "training mode"),
+    ],
+    ids=["load", "assign", "data", "element", "attention", "config", "hook", "training"],
+)
+def test_a_model_that_changed_is_not_served(tiny, make_cache, change, reason):
+    import torch
+
+    model = tiny.model()
+    cache = make_cache(model)
+    ids = tiny.ids(70)
+    tiny.answer(cache, ids)
+    change(model)
+    expected = tiny.answer(model, ids)
+    loaded, stored = cache.statistics.loaded_tokens, cache.statistics.stored_blocks
+    assert torch.equal(tiny.answer(cache, ids), expected)
+    past = cache.begin(ids)
+    assert torch.equal(tiny.answer(model, ids, past_key_values=past), expected)
+    assert cache.keep() == 0
+    assert (cache.statistics.loaded_tokens, cache.statistics.stored_blocks) == (loaded, stored)
+    assert cache.statistics.unserved == {reason: 1}
+    assert cache.statistics.unkept == {reason: 1}
+
+
+def test_a_change_while_computing_is_not_kept(tiny, make_cache):
+    model = tiny.model()
+    cache = make_cache(model)
+    ids = tiny.ids(70)
+    past = cache.begin(ids)
+    tiny.answer(model, ids, past_key_values=past)
+    _load_state(model)
+    assert cache.keep() == 0
+    assert cache.statistics.unkept == {"weights": 1}
+
+
+def test_every_byte_of_the_weights_is_in_the_name(tiny, make_cache):
+    """One element that is in no sample: another namespace, unless a revision was given."""
+    import torch
+
+    def edited() -> object:
+        model = tiny.model(num_hidden_layers=1, hidden_size=256, head_dim=16)
+        with torch.no_grad():
+            model.model.embed_tokens.weight.view(-1)[76_001] += 1.0
+        return model
+
+    plain = tiny.model(num_hidden_layers=1, hidden_size=256, head_dim=16)
+    ids = tiny.ids(40)
+    one = make_cache(plain)
+    _use(tiny, one, ids)
+    assert _use(tiny, make_cache(edited(), address=one.address), ids) == 0
+    named = make_cache(plain, address=one.address, weights_revision="r1")
+    _use(tiny, named, ids)
+    assert _use(tiny, make_cache(plain, address=one.address, weights_revision="r2"), ids) == 0
