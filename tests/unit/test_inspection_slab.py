@@ -255,3 +255,33 @@ def test_many_lines_are_listed(command_here, tmp_path) -> None:
     slab.close()
     done = command_here("ls", str(tmp_path))
     assert f"{count} blocks, " in done.stdout
+
+
+def test_after_an_orderly_end_evicted_blocks_are_no_fault(
+    command_here, disk_world, tmp_path
+) -> None:
+    """Slots were given on many times; each line is over its own bytes, whoever it names."""
+    world = disk_world([tmp_path], 64 << 10)
+    slots = world.node.statistics()["tiers"]["disk"]["total"]
+    for number in range(1, 4 * slots):
+        world.store(number)
+    world.node.close()
+    done = command_here("verify", str(tmp_path), "--json")
+    assert done.returncode == 0
+    (summary,) = lines_of(done)
+    assert summary["good"] == slots
+
+
+def test_a_slot_that_was_being_given_on_when_the_daemon_was_killed_is_told(
+    command_here, slab
+) -> None:
+    """New bytes, old line: nothing on disk tells it from damage, and --quarantine ends it."""
+    slot, other, *_ = sorted(entries(slab))
+    block = superblock(slab)
+    start = block.index_end + other * block.stride_bytes
+    new = slab.read_bytes()[start : start + BLOCK_BYTES]
+    write_at(slab, block.index_end + slot * block.stride_bytes, new)
+    done = command_here("verify", str(slab), "--quarantine", "--json")
+    assert done.returncode == 1
+    assert lines_of(done)[0]["place"] == str(slot)
+    assert command_here("verify", str(slab)).returncode == 0

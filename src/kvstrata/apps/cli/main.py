@@ -329,6 +329,41 @@ def gc(
     reclaim_place(place, other_layouts or [], size, dry_run=dry_run, as_json=as_json)
 
 
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure this machine."""
+
+
+@bench.command()
+@_told
+def tiers(
+    path: Annotated[
+        list[str] | None,
+        typer.Option(help="memory, slab, object, peer or recovery; may be repeated. Default: all."),
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where the slabs lie; left out, a temporary directory.")
+    ] = None,
+    object_url: Annotated[
+        str | None,
+        typer.Option("--object", help="Object tier's URL; left out, rclone serves if it is there."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file.")
+    ] = None,
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="Only shows that it works.")] = False,
+) -> None:
+    """Measure each path of bytes beside the best that other tools get out of this machine."""
+    from kvstrata.apps.cli.bench.tiers import run_tiers
+
+    run_tiers(path or [], directory, object_url, json_file, quick=quick)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
