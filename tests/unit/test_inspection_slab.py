@@ -83,7 +83,7 @@ def test_a_slab_in_use_is_listed_and_not_verified(command_here, disk_world, tmp_
     for verb in ("verify", "gc"):
         done = command_here(verb, str(tmp_path))
         assert done.returncode == 2
-        assert "in use by another kvstrata daemon" in done.stderr
+        assert "in use by a kvstrata daemon" in done.stderr
 
 
 def test_verify_of_a_whole_slab(command_here, slab) -> None:
@@ -173,11 +173,15 @@ def test_a_newer_line_over_other_bytes_does_not_hide_behind_an_older_one(
 
 def test_a_torn_floor_is_told_and_gc_leaves_it_to_the_daemon(command_here, slab) -> None:
     write_at(slab, FLOOR_OFFSET, b"\x01\x02\x03")
-    before = slab.read_bytes()
+    whole = slab.read_bytes()
     done = command_here("verify", str(slab), "--quarantine", "--json")
     assert done.returncode == 1
     assert "floor torn" in lines_of(done)[0]["reason"]
-    assert "nothing to reclaim" in command_here("gc", str(slab)).stdout
+    assert slab.read_bytes() == whole
+    write_at(slab, PAGE_BYTES + 20, b"\xff\xff")  # a torn line, which alone would go
+    before = slab.read_bytes()
+    for more in ([], ["--dry-run"]):
+        assert "nothing to reclaim" in command_here("gc", str(slab), *more).stdout
     assert slab.read_bytes() == before
 
 
@@ -285,3 +289,15 @@ def test_a_slot_that_was_being_given_on_when_the_daemon_was_killed_is_told(
     assert done.returncode == 1
     assert lines_of(done)[0]["place"] == str(slot)
     assert command_here("verify", str(slab)).returncode == 0
+
+
+def test_a_block_device_is_a_place(command_here, disk_world, loop_device) -> None:
+    device = loop_device(512 << 10)
+    world = disk_world([device], CAPACITY)
+    for number in range(1, 4):
+        world.store(number)
+    assert len(lines_of(command_here("ls", str(device), "--json"))) == 4, "listed beside its daemon"
+    assert command_here("verify", str(device)).returncode == 2
+    world.node.close()
+    done = command_here("verify", str(device), "--json")
+    assert (done.returncode, lines_of(done)[0]["good"]) == (0, 3)

@@ -100,7 +100,7 @@ class InspectedKeyed:
             try:
                 length = self.store.get(entry.key, header, room)
             except ChecksumError:
-                reason = Refusal.UNFIT.value
+                reason, room = Refusal.UNFIT.value, self._larger(entry.key, room)
                 continue
             except TransferError as error:
                 if self.kind != "directory" or self.store.statistics().vanished:
@@ -116,6 +116,13 @@ class InspectedKeyed:
                 return Checked(found, Verdict.UNCHECKABLE, refusal.value)
             reason = refusal.value
         return Checked(found, Verdict.BAD, reason)
+
+    def _larger(self, key: SequenceHash, room: memoryview) -> memoryview:
+        """Return room for what is there now: since it was listed it may have been stored anew."""
+        envelope = self._checker.header(key, self.store.peek(key) or b"")
+        if isinstance(envelope, Envelope) and envelope.stored_bytes > len(room):
+            return self._buffers.payload(envelope.stored_bytes)
+        return room
 
     def _refusal(
         self, key: SequenceHash, header: memoryview, payload: memoryview

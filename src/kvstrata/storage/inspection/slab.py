@@ -75,7 +75,7 @@ class _Member:
             ) from error
         try:
             if alone and not device:
-                lock(self.descriptor, path)
+                _lock(self.descriptor, path)
             self.superblock = decode_superblock(self.read(PAGE_BYTES, 0), str(path))
             self.superblock.check_length(length_of(self.descriptor), str(path))
             self.floor = decode_floor(self.read(FLOOR_BYTES, FLOOR_OFFSET))
@@ -101,6 +101,16 @@ class _Member:
                 os.close(self.direct)
             os.close(self.descriptor)
             self.descriptor = self.direct = -1
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        lock(descriptor, path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{str(path)!r} is in use by a kvstrata daemon, or being verified",
+            hint="stop the daemon first; `kvstrata ls` works beside it",
+        ) from error
 
 
 class _Buffers(threading.local):

@@ -32,6 +32,7 @@ __all__ = ["PATHS", "run_tiers"]
 
 MIB: Final = 1 << 20
 CONCURRENCIES: Final = (8, 32)
+_MEMORY_TIMES: Final = 5  # a round takes 20 ms: a neighbour would decide it
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Effort:
     """Blocks of the index that is recovered."""
 
 
-WHOLE: Final = Effort(rounds=7, slab_bytes=128 * MIB, blocks=64, index_blocks=1_000_000)
+WHOLE: Final = Effort(rounds=9, slab_bytes=256 * MIB, blocks=64, index_blocks=1_000_000)
 QUICK: Final = Effort(rounds=1, slab_bytes=16 * MIB, blocks=8, index_blocks=10_000)
 
 Measured = PathRow | Absent | dict[str, Any]
@@ -70,6 +71,9 @@ def run_tiers(
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"json: {str(json_file.parent)!r} is no directory", hint="make it first")
     effort = QUICK if quick else WHOLE
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > cores:
+        typer.echo(f"load {load:.1f} on {cores} cores: the figures will scatter", err=True)
     found: list[PathRow] = []
     absent: list[Absent] = []
     recovery: dict[str, Any] | None = None
@@ -98,7 +102,7 @@ def run_tiers(
 
 def _memory(effort: Effort, directory: Path | None, url: str | None) -> Iterator[Measured]:
     del directory, url
-    yield from measure_memory(effort.rounds, effort.blocks)
+    yield from measure_memory(_MEMORY_TIMES * effort.rounds, effort.blocks)
 
 
 def _slab(effort: Effort, directory: Path | None, url: str | None) -> Iterator[Measured]:
