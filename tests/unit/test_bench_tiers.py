@@ -59,12 +59,16 @@ def test_fio_is_the_limit_where_it_is_installed(command, tmp_path) -> None:
     assert all(tool.startswith("fio-") for tool in tools)
 
 
-def test_objects_beside_the_bare_client(command, tmp_path, s3_url) -> None:
-    """The server is the one that was named; its credentials are in the environment."""
+def test_objects_beside_the_bare_client(command, tmp_path, s3_url, s3_server) -> None:
+    """The server is the one that was named; what was there stays, and nothing is added."""
+    mine = s3_server.folder / "kvstrata-test" / "mine.txt"
+    mine.write_text("mine")
+    before = {path for path in s3_server.folder.rglob("*") if path.is_file()}
     _, found = figures(command, tmp_path, "--path", "object", "--object", s3_url)
     assert [each["name"] for each in found["paths"]] == [
         f"object {verb}, {count} at once" for count in (8, 32) for verb in ("put", "get")
     ]
+    assert {path for path in s3_server.folder.rglob("*") if path.is_file()} == before
 
 
 def test_refusals(command, tmp_path) -> None:

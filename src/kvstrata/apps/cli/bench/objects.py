@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+import os
 import random
 import threading
 from collections.abc import Awaitable, Callable
@@ -24,7 +25,8 @@ from kvstrata.core.ids import SequenceHash
 from kvstrata.layout import BlockLayout, Dimension
 from kvstrata.storage.base import MemoryRegion
 from kvstrata.storage.codecs import CodecSettings, make_chain
-from kvstrata.storage.objects import ObjectStore
+from kvstrata.storage.location import parse_location
+from kvstrata.storage.objects import ObjectStore, make_client
 from kvstrata.transfer.backends.keyed import KeyedBackend, KeyedEnd, KeyedOp
 from kvstrata.transfer.base import Outcome
 
@@ -46,7 +48,10 @@ class _Ours:
 
     def __init__(self, url: str, block_bytes: int, blocks: int, concurrency: int) -> None:
         layout = BlockLayout((Dimension("channel", block_bytes // 2),), "bfloat16", 64, "bench")
-        self.store = ObjectStore.open(url, layout, timeout_s=TIMEOUT_S)
+        location = parse_location(url)
+        self.folder = location.prefix
+        self.client = make_client(location, TIMEOUT_S)
+        self.store = ObjectStore.open_client(self.client, location, layout, timeout_s=TIMEOUT_S)
         self.chain = make_chain("none", CodecSettings("bfloat16"))
         self.fingerprint = layout.fingerprint
         self.told = threading.Event()
@@ -67,8 +72,10 @@ class _Ours:
         self.store.delete([SequenceHash(name) for name in names])
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads and remove everything of this measurement."""
         self.backend.close()
+        for page in obstore.list(self.client, self.folder):
+            obstore.delete(self.client, [found["path"] for found in page])
 
     def _run(self, names: list[bytes], *, write: bool) -> None:
         end = KeyedEnd(self.store, self.chain, self.fingerprint)
@@ -88,11 +95,12 @@ class _Bare:
     """The client alone."""
 
     def __init__(self, ours: _Ours, concurrency: int) -> None:
-        self.client = ours.store._client  # noqa: SLF001  the same connections for both sides
+        self.client = ours.client  # the same connections for both sides
         self.concurrency = concurrency
         self.memory, self.length = mmap.mmap(-1, ours.length * ours.blocks), ours.length
         # rclone removes a directory that becomes empty, and meanwhile refuses puts into it.
-        obstore.put(self.client, "bare/stays", b"x")
+        self.folder = f"{ours.folder}/bare"
+        obstore.put(self.client, f"{self.folder}/stays", b"x")
         self.view, self.bytes = memoryview(self.memory), np.frombuffer(self.memory, np.uint8)
 
     def put(self, names: list[bytes]) -> None:
@@ -105,14 +113,14 @@ class _Bare:
 
     def delete(self, names: list[bytes]) -> None:
         """Remove them."""
-        obstore.delete(self.client, [f"bare/{name.hex()}" for name in names])
+        obstore.delete(self.client, [f"{self.folder}/{name.hex()}" for name in names])
 
     async def _all(self, one: Callable[[int, str], Awaitable[None]], names: list[bytes]) -> None:
         some = asyncio.Semaphore(self.concurrency)
 
         async def bounded(place: int, name: bytes) -> None:
             async with some:
-                await one(place * self.length, f"bare/{name.hex()}")
+                await one(place * self.length, f"{self.folder}/{name.hex()}")
 
         await asyncio.gather(*(bounded(place, name) for place, name in enumerate(names)))
 
@@ -129,26 +137,17 @@ class _Bare:
 def measure_objects(
     url: str, block_bytes: int, blocks: int, concurrency: int, rounds: int
 ) -> list[PathRow]:
-    """Return put and get at one concurrency; the first round warms up."""
+    """Return put and get at one concurrency; the first round warms up.
+
+    Works in a prefix of its own below the URL's, and leaves nothing there.
+    """
+    place, _, options = url.partition("?")
+    url = f"{place.rstrip('/')}/bench-{os.urandom(8).hex()}?{options}"
     ours = _Ours(url, block_bytes, blocks, concurrency)
-    bare = _Bare(ours, concurrency)
-    ours.memory.view[:] = random.Random(1).randbytes(block_bytes * blocks)
-    bare.view[:] = ours.memory.view
-    sides: list[tuple[str, _Side]] = [("ours", ours), ("limit", bare)]
-    rates: dict[tuple[str, str], list[float]] = {}
-    luck = random.Random(2)
-    for turn in range(rounds + 1):
-        names = [luck.randbytes(16) for _ in range(blocks)]
-        for verb in ("put", "get"):
-            for name, side in sides:
-                move: Callable[[list[bytes]], None] = getattr(side, verb)
-                rate = timed(block_bytes * blocks, partial(move, names))
-                if turn:
-                    rates.setdefault((verb, name), []).append(rate)
-        for _, side in sides:
-            side.delete(names)
-        sides.reverse()
-    ours.close()
+    try:
+        rates = _rates(ours, blocks, concurrency, rounds)
+    finally:
+        ours.close()
     tool = f"obstore alone, {concurrency} at once"
     return [
         path_of(
@@ -160,3 +159,28 @@ def measure_objects(
         )
         for verb in ("put", "get")
     ]
+
+
+def _rates(
+    ours: _Ours, blocks: int, concurrency: int, rounds: int
+) -> dict[tuple[str, str], list[float]]:
+    """Return bytes per second of each verb and side."""
+    bare = _Bare(ours, concurrency)
+    size = ours.length * blocks
+    ours.memory.view[:] = random.Random(1).randbytes(size)
+    bare.view[:] = ours.memory.view
+    sides: list[tuple[str, _Side]] = [("ours", ours), ("limit", bare)]
+    rates: dict[tuple[str, str], list[float]] = {}
+    luck = random.Random(2)
+    for turn in range(rounds + 1):
+        names = [luck.randbytes(16) for _ in range(blocks)]
+        for verb in ("put", "get"):
+            for name, side in sides:
+                move: Callable[[list[bytes]], None] = getattr(side, verb)
+                rate = timed(size, partial(move, names))
+                if turn:
+                    rates.setdefault((verb, name), []).append(rate)
+        for _, side in sides:
+            side.delete(names)
+        sides.reverse()
+    return rates
