@@ -54,9 +54,10 @@ check: env ## lint, format, types, import rules, house rules
 	@echo "== imports"; PYTHONPATH=src $(BIN)/lint-imports
 	@echo "== tidy"; $(BIN)/python tools/tidy.py
 
-bench: env ## measure the manager's cost per block
+bench: env ## measure the manager's cost per block, and each tier beside its limit
 	@$(BIN)/python bench/micro.py
 	@$(BIN)/python bench/flat.py
+	@$(BIN)/kvstrata bench tiers --json bench/results/tiers.json
 
 mutants: env ## plant bugs one by one; each must make a test fail
 	@$(BIN)/python tools/mutants.py

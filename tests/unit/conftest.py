@@ -168,6 +168,25 @@ def command(run_directory) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture
+def command_here(monkeypatch) -> Callable[..., Any]:
+    """Run `kvstrata` in this process, in a tenth of the time; answers as `command`'s."""
+    from typer.testing import CliRunner
+
+    from kvstrata.apps.cli.main import app
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            done = CliRunner().invoke(app, list(arguments))
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
 def make_blocks() -> Callable[..., Any]:
     """Return (tokens, blocks): `count` random blocks, the same for the same seed."""
 

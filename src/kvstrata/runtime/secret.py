@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,7 @@ from kvstrata.core.tier import TierKind
 from kvstrata.storage.footing import is_device
 from kvstrata.storage.opening import lossy_codecs
 
-__all__ = ["SECRET_NAME", "load_secret", "node_secret"]
+__all__ = ["SECRET_NAME", "load_secret", "lossy_secret", "node_secret", "read_secret"]
 
 SECRET_NAME: Final = "secret"  # noqa: S105  # a file's name
 """Name of the file beside the first disk tier's blocks."""
@@ -29,7 +30,11 @@ def node_secret(config: NodeConfig) -> bytes:
     computed behind it, has other numbers, so it belongs to another namespace than exact blocks.
     """
     secret = load_secret(config)
-    codecs = lossy_codecs(tier for tier in config.tiers if tier.kind.keyed)
+    return lossy_secret(secret, lossy_codecs(tier for tier in config.tiers if tier.kind.keyed))
+
+
+def lossy_secret(secret: bytes, codecs: Sequence[str]) -> bytes:
+    """Return what takes the place of `secret` on a node whose tiers have these lossy codecs."""
     if not codecs:
         return secret
     return blake3(f"kvstrata lossy {'+'.join(codecs)}".encode(), key=secret).digest()
@@ -43,7 +48,7 @@ def load_secret(config: NodeConfig) -> bytes:
     read or does not hold 32 bytes, and if blocks would outlive a secret that is kept nowhere.
     """
     if config.secret_file is not None:
-        return _read(Path(config.secret_file), "secret_file")
+        return read_secret(Path(config.secret_file), "secret_file")
     kept = [(place, "tiers.disk") for tier in config.tiers for place in tier.places]
     shared = [tier.directory for tier in config.tiers if tier.kind is TierKind.SHARED]
     kept += [(place, "tiers.shared") for place in shared if place]
@@ -75,13 +80,13 @@ def load_secret(config: NodeConfig) -> bytes:
             finally:
                 unfinished.unlink()
     except FileExistsError:
-        return _read(path, field)
+        return read_secret(path, field)
     except OSError as error:
         raise ConfigError(
             f"{field}: directory {directory!r} cannot be written ({error.strerror})",
             hint="choose a directory that this user may write to",
         ) from error
-    return _read(path, field)
+    return read_secret(path, field)
 
 
 def _write(path: Path) -> None:
@@ -92,7 +97,8 @@ def _write(path: Path) -> None:
         os.fsync(descriptor)
 
 
-def _read(path: Path, field: str) -> bytes:
+def read_secret(path: Path, field: str) -> bytes:
+    """Return the secret in a file; raises ConfigError if it cannot be read or is none."""
     try:
         secret = path.read_bytes()
     except OSError as error:

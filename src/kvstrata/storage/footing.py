@@ -29,6 +29,9 @@ __all__ = [
     "blank",
     "check_place",
     "is_device",
+    "length_of",
+    "lock",
+    "open_device",
     "open_footing",
     "unreadable",
 ]
@@ -71,7 +74,7 @@ def check_place(place: str) -> Path:
     """
     if is_device(place):
         path = Path(place).expanduser()
-        os.close(_open_device(path))
+        os.close(open_device(path))
         return path
     return check_directory(place)
 
@@ -100,7 +103,7 @@ def open_footing(place: str, wanted: Superblock, capacity_bytes: int) -> Footing
     """
     path = check_place(place)
     if is_device(place):
-        descriptor = _open_device(path)
+        descriptor = open_device(path)
     else:
         path /= SLAB_NAME
         if not path.exists():
@@ -111,13 +114,13 @@ def open_footing(place: str, wanted: Superblock, capacity_bytes: int) -> Footing
         if is_device(place):
             _prepare_device(descriptor, path, wanted)
         else:
-            _lock(descriptor, path)
+            lock(descriptor, path)
         try:
             page = os.pread(descriptor, PAGE_BYTES, 0)
         except OSError as error:
             raise unreadable(path, error) from error
         wanted.check(page, str(path), capacity_bytes)
-        wanted.check_length(_length(descriptor), str(path))
+        wanted.check_length(length_of(descriptor), str(path))
         direct, why = _open_direct(descriptor, wanted.index_end)
         return Footing(path, FileRegion(descriptor, direct, Health(threading.Lock())), why)
     except BaseException:
@@ -193,7 +196,8 @@ def _allocate(descriptor: int, length: int) -> None:
         os.ftruncate(descriptor, length)  # no fallocate here: a full disk then fails single writes
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def lock(descriptor: int, path: Path) -> None:
+    """Claim a slab's file until it is closed; raises ConfigError if another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -206,10 +210,11 @@ def _lock(descriptor: int, path: Path) -> None:
 # -- devices -----------------------------------------------------------------------------------
 
 
-def _open_device(path: Path) -> int:
+def open_device(path: Path, flags: int = os.O_RDWR) -> int:
+    """Open a device and claim it; raises ConfigError if it is in use or cannot be opened."""
     try:
         # O_EXCL on a device needs no O_CREAT: it claims the device, and fails where it is claimed.
-        return os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+        return os.open(path, flags | os.O_EXCL | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.EBUSY:
             where = _mounted_at(path)
@@ -238,7 +243,7 @@ def _mounted_at(path: Path) -> str:
 
 def _prepare_device(descriptor: int, path: Path, wanted: Superblock) -> None:
     """Make a slab on a device that is blank; leave one that carries our mark as it is."""
-    if wanted.length_bytes > (there := _length(descriptor)):
+    if wanted.length_bytes > (there := length_of(descriptor)):
         raise ConfigError(
             f"tiers.disk: device {str(path)!r} has {there} bytes, fewer than {wanted.length_bytes}",
             hint="use a smaller disk tier, or a larger device",
@@ -276,7 +281,8 @@ def blank(descriptor: int, start: int, end: int) -> None:
     os.fsync(descriptor)
 
 
-def _length(descriptor: int) -> int:
+def length_of(descriptor: int) -> int:
+    """Return the length of an open file or device, in bytes."""
     return os.lseek(descriptor, 0, os.SEEK_END)  # a device's st_size is 0
 
 

@@ -12,7 +12,14 @@ from zlib import crc32
 from kvstrata.core.errors import LayoutError
 from kvstrata.layout import BlockLayout
 
-__all__ = ["MARKER_BYTES_MAX", "MARKER_NAME", "check_marker", "encode_marker"]
+__all__ = [
+    "MARKER_BYTES_MAX",
+    "MARKER_NAME",
+    "check_marker",
+    "decode_marker",
+    "encode_marker",
+    "is_marker_begun",
+]
 
 MARKER_NAME: Final = "KVSTRATA"
 """Name of the marker in its directory or prefix; no key is spelled like it."""
@@ -34,6 +41,33 @@ def check_marker(found: bytes, layout: BlockLayout, where: str) -> None:
     """Raise LayoutError unless `found` is the marker that `encode_marker` makes."""
     if found == encode_marker(layout):
         return
+    _check_format(found, where)
+    raise LayoutError(
+        f"{where}: its {MARKER_NAME} is damaged or of another layout than {layout.describe()!r}",
+        hint=_KEEP,
+    )
+
+
+def decode_marker(found: bytes, where: str) -> tuple[bytes, str]:
+    """Return fingerprint and description of the layout that a marker names.
+
+    Raises LayoutError unless it is a whole marker of this version.
+    """
+    _check_format(found, where)
+    body, _, crc = found.rpartition(b"crc32 ")
+    lines = body.decode("utf-8", "replace").splitlines()
+    if crc != b"%08x\n" % crc32(body) or len(lines) != 4:  # noqa: PLR2004  as `encode_marker`
+        raise LayoutError(f"{where}: its {MARKER_NAME} is damaged", hint=_KEEP)
+    return bytes.fromhex(lines[2].removeprefix("layout ")), lines[3]
+
+
+def is_marker_begun(found: bytes) -> bool:
+    """Return whether `found` is the front of a marker, or nothing yet."""
+    first = _FIRST.encode()
+    return found.startswith(first) or first.startswith(found)
+
+
+def _check_format(found: bytes, where: str) -> None:
     lines = found.decode("utf-8", "replace").splitlines()
     if not lines or lines[0] != _FIRST:
         raise LayoutError(f"{where}: its {MARKER_NAME} is not kvstrata's", hint=_KEEP)
@@ -43,7 +77,3 @@ def check_marker(found: bytes, layout: BlockLayout, where: str) -> None:
             f"{where}: it was written by another format ({version!r}), this is version {_VERSION}",
             hint=_KEEP,
         )
-    raise LayoutError(
-        f"{where}: its {MARKER_NAME} is damaged or of another layout than {layout.describe()!r}",
-        hint=_KEEP,
-    )

@@ -40,7 +40,7 @@ from kvstrata.storage.location import Location, parse_location, region_of, s3_cr
 from kvstrata.storage.marker import MARKER_BYTES_MAX, MARKER_NAME, check_marker, encode_marker
 from kvstrata.storage.objecterror import Failure, Kind, explain
 
-__all__ = ["ATTEMPTS_MAX", "ObjectStore"]
+__all__ = ["ATTEMPTS_MAX", "ObjectStore", "make_client"]
 
 ATTEMPTS_MAX: Final = 3
 """Requests that one call may make for one object."""
@@ -94,7 +94,7 @@ class ObjectStore:
         """
         location = parse_location(url)
         try:
-            client = _make_client(location, timeout_s)
+            client = make_client(location, timeout_s)
         except ImportError as error:
             raise ConfigError(
                 "tiers.object: the object client is not installed",
@@ -117,6 +117,16 @@ class ObjectStore:
             raise ConfigError(
                 f"tiers.object: {location} cannot be used: {error}", hint=_HINTS[failure]
             ) from None
+        return store
+
+    @classmethod
+    def open_found(cls, client: Any, prefix: str, *, timeout_s: float) -> ObjectStore:
+        """Open one layout's prefix that has its marker, for looking and deleting; writes nothing.
+
+        Raises TransferError if the server does not answer.
+        """
+        store = cls(client, prefix, timeout_s=timeout_s, exclusive=False)
+        store._ranges = store._honours_ranges()
         return store
 
     @property
@@ -423,7 +433,11 @@ _HINTS: Final = {
 }
 
 
-def _make_client(location: Location, timeout_s: float) -> Any:
+def make_client(location: Location, timeout_s: float) -> Any:
+    """Return obstore's client of a bucket, whose requests end within a share of `timeout_s`.
+
+    Raises ConfigError for a place that it cannot be set up for, ImportError without obstore.
+    """
     from obstore import store as stores
     from obstore.exceptions import BaseError
 

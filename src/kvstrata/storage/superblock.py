@@ -21,6 +21,7 @@ __all__ = [
     "FLOOR_OFFSET",
     "Superblock",
     "decode_floor",
+    "decode_superblock",
     "encode_floor",
     "is_marked",
 ]
@@ -84,31 +85,21 @@ class Superblock:
 
         `name` and `capacity_bytes` are for the message.
         """
-        if len(page) < PAGE_BYTES or not is_marked(page):
-            raise LayoutError(f"tiers.disk: {name!r} is not a kvstrata slab", hint=_KEEP)
-        _, version, fingerprint, slots, stride, block, text = _HEAD.unpack_from(page)
-        if version != _VERSION:
-            raise LayoutError(
-                f"tiers.disk: {name!r} was written by slab version {version}, this is {_VERSION}",
-                hint=_KEEP,
-            )
-        body = page[:FLOOR_OFFSET]
-        if struct.unpack("<I", body[-4:])[0] != crc32(body[:-4]):
-            raise LayoutError(f"tiers.disk: the superblock of {name!r} is damaged", hint=_KEEP)
-        if fingerprint != self.fingerprint or (stride, block) != (
+        found = decode_superblock(page, name)
+        if (found.fingerprint, found.stride_bytes, found.block_bytes) != (
+            self.fingerprint,
             self.stride_bytes,
             self.block_bytes,
         ):
-            written = body[_HEAD.size : _HEAD.size + text].decode(errors="replace")
             raise LayoutError(
-                f"tiers.disk: {name!r} holds blocks of another layout: {written!r}, "
+                f"tiers.disk: {name!r} holds blocks of another layout: {found.description!r}, "
                 f"not {self.description!r}",
                 hint=_KEEP,
             )
-        if slots != self.slots:
+        if found.slots != self.slots:
             raise ConfigError(
-                f"tiers.disk: {name!r} has {slots} slots, a size of {capacity_bytes} bytes means "
-                f"{self.slots}",
+                f"tiers.disk: {name!r} has {found.slots} slots, a size of {capacity_bytes} bytes "
+                f"means {self.slots}",
                 hint="keep the size that it was made with, or move the slab away",
             )
 
@@ -116,6 +107,26 @@ class Superblock:
         """Raise LayoutError if a slab of `found_bytes` has lost its end."""
         if found_bytes < self.length_bytes:
             raise LayoutError(f"tiers.disk: {name!r} has been cut short", hint=_KEEP)
+
+
+def decode_superblock(page: bytes, name: str) -> Superblock:
+    """Return what the first page of the slab `name` says.
+
+    Raises LayoutError for a page that is not ours, of another version, or damaged.
+    """
+    if len(page) < PAGE_BYTES or not is_marked(page):
+        raise LayoutError(f"tiers.disk: {name!r} is not a kvstrata slab", hint=_KEEP)
+    _, version, fingerprint, slots, stride, block, text = _HEAD.unpack_from(page)
+    if version != _VERSION:
+        raise LayoutError(
+            f"tiers.disk: {name!r} was written by slab version {version}, this is {_VERSION}",
+            hint=_KEEP,
+        )
+    body = page[:FLOOR_OFFSET]
+    if struct.unpack("<I", body[-4:])[0] != crc32(body[:-4]):
+        raise LayoutError(f"tiers.disk: the superblock of {name!r} is damaged", hint=_KEEP)
+    description = body[_HEAD.size : _HEAD.size + text].decode(errors="replace")
+    return Superblock(fingerprint, slots, stride, block, description)
 
 
 def is_marked(page: bytes) -> bool:

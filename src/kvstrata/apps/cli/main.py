@@ -271,6 +271,101 @@ def demo(
     raise typer.Exit(run_demo(json_file, object_url=object_url))
 
 
+Place = Annotated[
+    str,
+    typer.Argument(
+        help="A slab's directory, file or device (several joined by |), a shared tier's directory, "
+        "or an object tier's URL."
+    ),
+]
+
+
+@app.command()
+@_told
+def ls(place: Place, *, as_json: AsJson = False) -> None:
+    """List the blocks of a store, without a daemon; a slab in use may be listed."""
+    from kvstrata.apps.cli.storetools import list_blocks
+
+    list_blocks(place, as_json=as_json)
+
+
+@app.command()
+@_told
+def verify(
+    place: Place,
+    secret_file: Annotated[
+        Path | None, typer.Option(help="Cluster secret, to check encrypted blocks too.")
+    ] = None,
+    *,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Blank the lines of bad blocks, or delete them.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every block of a store again; exit with 1 if one is damaged. Changes nothing."""
+    from kvstrata.apps.cli.storetools import verify_place
+
+    raise typer.Exit(verify_place(place, secret_file, quarantine=quarantine, as_json=as_json))
+
+
+@app.command()
+@_told
+def gc(
+    place: Place,
+    other_layouts: Annotated[
+        list[str] | None,
+        typer.Option(help="Layout to keep, may be repeated; blocks of all others are deleted."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Remove the longest unused blocks of a directory down to it.")
+    ] = None,
+    *,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would go; change nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what dead writers left in a store, and what the options name."""
+    from kvstrata.apps.cli.storetools import reclaim_place
+
+    reclaim_place(place, other_layouts or [], size, dry_run=dry_run, as_json=as_json)
+
+
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure this machine."""
+
+
+@bench.command()
+@_told
+def tiers(
+    path: Annotated[
+        list[str] | None,
+        typer.Option(help="memory, slab, object, peer or recovery; may be repeated. Default: all."),
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where the slabs lie; left out, a temporary directory.")
+    ] = None,
+    object_url: Annotated[
+        str | None,
+        typer.Option("--object", help="Object tier's URL; left out, rclone serves if it is there."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file.")
+    ] = None,
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="Only shows that it works.")] = False,
+) -> None:
+    """Measure each path of bytes beside the best that other tools get out of this machine."""
+    from kvstrata.apps.cli.bench.tiers import run_tiers
+
+    run_tiers(path or [], directory, object_url, json_file, quick=quick)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
