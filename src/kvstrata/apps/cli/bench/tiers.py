@@ -25,7 +25,7 @@ from kvstrata.apps.cli.bench.slab import SIZES, Setup, measure_recovery, measure
 from kvstrata.apps.cli.bench.turns import Absent, PathRow
 from kvstrata.core.config import Limits
 from kvstrata.core.errors import ConfigError
-from kvstrata.storage.arena import machine_memory_bytes
+from kvstrata.storage.memory import machine_memory_bytes
 from kvstrata.transfer.backends.nixl.binding import INSTALL_HINT, nixl_version
 
 __all__ = ["PATHS", "run_tiers"]
