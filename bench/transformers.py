@@ -115,7 +115,7 @@ def main() -> None:
                 )
                 print(f"{tokens:>6}{ways}", flush=True)
     result = {
-        "command": "python bench/transformers.py",
+        "command": f"python bench/transformers.py --rounds {rounds}",
         "machine": {
             "cores": os.cpu_count(), "shared": True, "python": platform.python_version(),
             "torch": torch.__version__, "transformers": transformers.__version__,
