@@ -110,6 +110,7 @@ def test_packages_are_named_with_their_version_or_their_error(tmp_path, monkeypa
         "[kvstrata.backends]\nodd = vendor_kv:number\n"
     )
     (tmp_path / "vendor_kv.py").write_text("number = 7\ndef open(request): raise SystemExit\n")
+    monkeypatch.delitem(sys.modules, "vendor_kv", raising=False)  # another test may have had one
     monkeypatch.syspath_prepend(tmp_path)
     found = {each.name: each for each in doctor._packages()}
     good, lost, odd = (found[name] for name in ("store good", "store lost", "backend odd"))

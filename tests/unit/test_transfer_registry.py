@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from kvstrata.core.errors import ConfigError
@@ -35,7 +37,7 @@ class Boastful(MemcpyBackend):
     def capabilities(self):
         return {("memory", "moon"), ("memory", "memory")}
 
-class Sealing(MemcpyBackend):
+class Sealing(Slow):
     def capabilities(self):
         return [("file", "sealed memory"), ("memory", "memory")]
 
@@ -74,6 +76,7 @@ def plugins(tmp_path, monkeypatch):
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other-kv\nVersion: 2.0\n")
     (other / "entry_points.txt").write_text("[kvstrata.backends]\ntwice = vendor_kv:Twice\n")
+    monkeypatch.delitem(sys.modules, "vendor_kv", raising=False)  # another test may have had one
     monkeypatch.syspath_prepend(tmp_path)
 
 

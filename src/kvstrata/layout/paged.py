@@ -37,11 +37,11 @@ class PagedCache:
     """Elements of one token in one head, K and V together."""
     dtype: str
     """Element type, a key of `DTYPE_BYTES`."""
-    ranks: int = 1
-    """Workers that split the model's heads."""
     packing: str = ""
     """Name of the order within a head's page if it is not `[token, channel]`: vLLM's CPU kernels
     pack keys for the instructions that they use (`vec`, `amx`, ...)."""
+    ranks: int = 1
+    """Workers that split the model's heads."""
 
     @property
     def writer(self) -> str:
