@@ -1,6 +1,6 @@
 """Time to the first token of transformers, without the cache and with it: host hit, disk hit.
 
-    python bench/transformers.py [--json FILE] [--quick] [--rounds N]
+    python bench/ttft_transformers.py [--json FILE] [--quick] [--rounds N]
 
 The model is a Llama of 82 million random weights in float32. Every time is a whole call that
 answers one token: `model.generate` for `cold`; `cache.generate`, looking and storing included, for
@@ -115,7 +115,7 @@ def main() -> None:
                 )
                 print(f"{tokens:>6}{ways}", flush=True)
     result = {
-        "command": f"python bench/transformers.py --rounds {rounds}",
+        "command": f"python bench/ttft_transformers.py --rounds {rounds}",
         "machine": {
             "cores": os.cpu_count(), "shared": True, "python": platform.python_version(),
             "torch": torch.__version__, "transformers": transformers.__version__,
