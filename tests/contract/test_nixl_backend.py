@@ -99,6 +99,25 @@ class TestNixlWrite(NixlContract):
         )
 
 
+@pytest.fixture
+def ring():
+    from kvstrata.transfer.backends.nixl import NixlAgent, NixlBackend
+
+    return NixlBackend(NixlAgent({"POSIX": {"use_uring": "true"}}))
+
+
+class TestNixlReadThroughIoUring(TestNixlRead):
+    @pytest.fixture
+    def backend(self, ring):
+        return ring
+
+
+class TestNixlWriteThroughIoUring(TestNixlWrite):
+    @pytest.fixture
+    def backend(self, ring):
+        return ring
+
+
 class TestNixlPull(NixlContract):
     capability = ("peer", "memory")
 

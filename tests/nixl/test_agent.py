@@ -378,7 +378,7 @@ def test_an_object_plugin_that_loads_says_why_it_is_not_used():
 
 @pytest.mark.parametrize("queue", ["use_aio", "use_uring"])
 def test_a_file_region_under_each_queue_of_posix(queue, tmp_path):
-    """Past the page cache, there and back; what is behind the end fails alone."""
+    """Past the page cache, there and back; what is behind the end fails and spoils nothing."""
     from kvstrata.transfer.backends.nixl import NixlAgent, NixlBackend
 
     backend = NixlBackend(NixlAgent({"POSIX": {queue: "true"}}))
