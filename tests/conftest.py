@@ -35,6 +35,10 @@ settings.load_profile(
 
 _NEEDED = {
     "engine": (("vllm",), "no engine installed (requirements/vllm-cpu.txt; make env says why)"),
+    "sglang": (
+        ("sglang",),
+        "no SGLang in this environment (make test-sglang has one of its own)",
+    ),
     "nixl": (
         ("nixl_cu12", "nixl_cu13", "nixl_rocm"),
         "no NIXL installed (pip install --no-deps -r requirements/nixl.txt)",

@@ -16,11 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 _SUPPORT = Path(__file__).parent / "support"
 PAGE_TOKENS = 16
-_SETTLE_S = 30.0
 
 # What SGLang's processes read when they start. One thread: two cores serve engine and daemon.
 os.environ.update(
@@ -54,7 +51,9 @@ class Engine:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
 
-    def ask(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **extra: Any) -> list[Answer]:
+    def ask(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **extra: Any
+    ) -> list[Answer]:
         """Answer every prompt greedily, one after the other."""
         return [self._answer(prompt, max_tokens, extra) for prompt in prompts]
 
@@ -64,9 +63,7 @@ class Engine:
         output = self.engine.generate(**given)
         meta = output["meta_info"]
         details = meta.get("cached_tokens_details") or {}
-        return Answer(
-            tuple(output["output_ids"]), details.get("storage", 0), meta["cached_tokens"]
-        )
+        return Answer(tuple(output["output_ids"]), details.get("storage", 0), meta["cached_tokens"])
 
     def forget(self) -> None:
         """Empty device and host pool; the storage keeps its pages."""
@@ -144,3 +141,100 @@ def run_engine(model: Path, extra: dict[str, Any] | None, **options: Any) -> Ite
         yield Engine(engine)
     finally:
         engine.shutdown()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engines warn of things that are not ours to mend; our own warnings stay errors."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.sglang)
+            item.add_marker(pytest.mark.filterwarnings("error:::kvstrata"), append=False)
+            item.add_marker(pytest.mark.filterwarnings("default"), append=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, made once."""
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def engine_on(tiny_model: Path) -> EngineFactory:
+    """`with engine_on(settings) as engine:` runs the tiny Llama."""
+
+    def start(
+        extra: dict[str, Any] | None = None, *, model: Path | None = None, **options: Any
+    ) -> AbstractContextManager[Engine]:
+        return run_engine(model or tiny_model, extra, **options)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """A dozen prompts of lengths that end inside, at and just behind a page's end."""
+    import random
+
+    luck = random.Random(0)
+    lengths = (100, 128, 129, 143, 160, 257, 300, 320, 33, 48, 200, 400)
+    return [[luck.randrange(3, 512) for _ in range(length)] for length in lengths]
+
+
+@pytest.fixture(scope="session")
+def reference(engine_on: EngineFactory, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """The answers of SGLang without kvstrata, each computed in full."""
+    with engine_on(disable_radix_cache=True, enable_hierarchical_cache=False) as engine:
+        return [answer.tokens for answer in engine.ask(prompts)]
+
+
+class SharedDaemon:
+    """`kvstrata serve` in a process of its own."""
+
+    def __init__(self, folder: Path, host: str = "64MiB", disk: str = "64MiB") -> None:
+        self.folder = folder
+        self.address = f"ipc://{folder}/node.sock"
+        self.tiers = f"host:{host},disk:{folder / 'kv'}:{disk}"
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it serves."""
+        command = [sys.executable, "-m", "kvstrata.apps.cli.main", "serve"]
+        self.process = subprocess.Popen(
+            [*command, "--tiers", self.tiers, "--address", self.address],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if "serves" in line:
+                return
+        raise AssertionError("the daemon did not start")
+
+    def signal(self, number: int) -> None:
+        """Send it a signal; after SIGKILL wait until it is gone."""
+        os.kill(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait(10)
+            self.process.stderr.close()
+
+    def statistics(self) -> dict[str, Any]:
+        """Return the daemon's statistics once everything saved has reached the disk."""
+        from kvstrata.runtime.admin import AdminClient
+
+        with AdminClient(self.address) as admin:
+            admin.wait_idle(30)
+            node: dict[str, Any] = admin.stats()["node"]
+        return node
+
+
+@pytest.fixture
+def daemon() -> Iterator[SharedDaemon]:
+    """A daemon that outlives engines."""
+    folder = Path(tempfile.mkdtemp(prefix="kv"))  # a socket's path must be short
+    shared = SharedDaemon(folder)
+    yield shared
+    if shared.process.poll() is None:
+        shared.signal(signal.SIGCONT)
+        shared.signal(signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,7 @@ _declared = []
 class DeclaresOperators(MetaPathFinder):
     """Finds nothing; declares the operators' names just before torchvision is imported."""
 
-    def find_spec(self, name, path, target=None):
+    def find_spec(self, name, *_where):
         if name == "torchvision" and not _declared:
             import torch
 
@@ -23,7 +23,6 @@ class DeclaresOperators(MetaPathFinder):
             for operator in _OPERATORS:
                 library.define(operator)
             _declared.append(library)
-        return None
 
 
 sys.meta_path.insert(0, DeclaresOperators())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 
-def transfer_kv_direct(src_layers, dst_layers, src_indices, dst_indices, page_size):
+def transfer_kv_direct(src_layers, dst_layers, src_indices, dst_indices, **_sizes):
     """Copy tokens between pools that are both one tensor a layer."""
     for each, other in zip(src_layers, dst_layers, strict=True):
         other[dst_indices.long()] = each[src_indices.long()]
@@ -57,5 +57,5 @@ def install():
     ):
         setattr(mha, copy.__name__, copy)
     if not hasattr(torch.cpu.Stream, "synchronize"):
-        torch.cpu.Stream.synchronize = lambda self: None
-        torch.cpu.Stream.query = lambda self: True
+        torch.cpu.Stream.synchronize = lambda _stream: None
+        torch.cpu.Stream.query = lambda _stream: True
