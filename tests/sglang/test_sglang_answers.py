@@ -1,8 +1,11 @@
-"""SGLang with kvstrata answers as it does alone, whatever is kept and wherever it lies."""
+"""SGLang with kvstrata answers as it does alone, whatever is kept and wherever it lies.
+
+One engine serves most tests, which attach and detach a storage while it runs; a restart, another
+layout and another model each need one of their own.
+"""
 
 from __future__ import annotations
 
-import os
 import signal
 
 from kvstrata.storage.slab import SLAB_NAME
@@ -15,39 +18,64 @@ def whole_pages(prompt):
     return (len(prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS
 
 
-def test_answers_survive_an_engine_restart(engine_on, daemon, prompts, reference, tmp_path):
-    private = {"tiers": f"host:64MiB,disk:{tmp_path / 'kv'}:64MiB"}
-    for settings in ({"address": daemon.address}, private):
-        with engine_on(settings) as engine:
-            cold = engine.ask(prompts)
-        with engine_on(settings) as engine:
-            warm = engine.ask(prompts)
-        assert [answer.tokens for answer in cold] == reference
-        assert [answer.from_storage for answer in cold] == [0] * len(prompts)
-        assert [answer.tokens for answer in warm] == reference
-        assert [answer.from_storage for answer in warm] == [whole_pages(p) for p in prompts]
-    counters = daemon.statistics()["counters"]
-    assert counters["corrupt_blocks"] == 0
+def tokens(answers):
+    return [answer.tokens for answer in answers]
 
 
-def test_answers_under_eviction_and_in_every_layout(engine_on, daemon, prompts, reference):
-    # 25 pages of 16 KiB in the host: most of what is asked for has been evicted to disk.
+def from_storage(answers):
+    return [answer.from_storage for answer in answers]
+
+
+def test_what_was_attached_and_detached_is_still_there_at_the_next_attach(
+    engine, daemon, prompts, reference
+):
+    settings = {"address": daemon.address}
+    with engine.attached(**settings):
+        cold = engine.ask(prompts)
+    assert tokens(cold) == reference
+    assert from_storage(cold) == [0] * len(prompts)
+    assert from_storage(engine.ask(prompts[:1])) == [0], "detached"
+    with engine.attached(**settings):
+        warm = engine.ask(prompts)
+        assert tokens(warm) == reference
+        assert from_storage(warm) == [whole_pages(prompt) for prompt in prompts]
+        engine.clear()
+        engine.forget()
+        cleared = engine.ask(prompts)
+    assert tokens(cleared) == reference
+    assert from_storage(cleared) == [0] * len(prompts)
+
+
+def test_without_zero_copy_it_is_slower_and_the_same(engine, daemon, prompts, reference):
+    settings = {"address": daemon.address, "interface_v1": 0}
+    with engine.attached(**settings):
+        assert tokens(engine.ask(prompts[:6])) == reference[:6]
+    with engine.attached(**settings):
+        generic = engine.ask(prompts[:6])
+    with engine.attached(address=daemon.address):
+        zero_copy = engine.ask(prompts[:6])
+    assert tokens(generic) == tokens(zero_copy) == reference[:6]
+    assert from_storage(generic) == from_storage(zero_copy)
+    assert from_storage(generic) == [whole_pages(prompt) for prompt in prompts[:6]]
+
+
+def test_answers_under_eviction(engine, daemon, prompts, reference):
+    # 31 pages of 64 KiB in the host: most of what is asked for has been evicted to disk.
     daemon.signal(signal.SIGKILL)
-    daemon.tiers = f"host:448KiB,disk:{daemon.folder / 'small'}:2MiB"
+    daemon.tiers = f"host:2MiB,disk:{daemon.folder / 'small'}:16MiB"
     daemon.start()
-    for layout in ("layer_first", "page_first_direct"):
-        with engine_on({"address": daemon.address}, hicache_mem_layout=layout) as engine:
-            for _ in range(2):
-                assert [answer.tokens for answer in engine.ask(prompts)] == reference
-                engine.forget()
-    node = daemon.statistics()
-    assert node["tiers"]["host"]["evicted_blocks"] > 0, node
-    assert node["counters"]["hit_blocks_staged"] > 0, "nothing came from disk"
+    with engine.attached(address=daemon.address):
+        for _ in range(3):
+            assert tokens(engine.ask(prompts)) == reference
+            daemon.statistics()
+            engine.forget()
+    counters = daemon.statistics()["counters"]
+    assert counters["hit_blocks_staged"] > 0, "nothing came from disk"
 
 
-def test_salts_and_extra_keys_are_isolated(engine_on, daemon, prompts, reference):
+def test_salts_are_isolated(engine, daemon, prompts, reference):
     prompt, answer = prompts[7], reference[7]
-    with engine_on({"address": daemon.address}) as engine:
+    with engine.attached(address=daemon.address):
         for extra in ({}, {"extra_key": "a"}, {"extra_key": "b"}):
             (first,) = engine.ask([prompt], **extra)
             assert (first.tokens, first.from_storage) == (answer, 0), extra
@@ -58,45 +86,32 @@ def test_salts_and_extra_keys_are_isolated(engine_on, daemon, prompts, reference
             engine.forget()
 
 
-def test_another_models_pages_are_never_found(engine_on, daemon, prompts, tmp_path):
-    from conftest import write_llama
-
-    other = write_llama(tmp_path / "other", seed=1)
-    settings = {"address": daemon.address}
-    with engine_on(settings) as engine:
-        engine.ask(prompts[:2])
-    with engine_on(settings, model=other, served_model_name="same") as engine:
-        answers = engine.ask(prompts[:2])
-    assert [answer.from_storage for answer in answers] == [0, 0]
-
-
 def test_a_daemon_that_is_killed_and_comes_back_changes_no_answer(
-    engine_on, daemon, prompts, reference
+    engine, daemon, prompts, reference
 ):
-    settings = {"address": daemon.address, "retry_interval_s": 0.1}
-    with engine_on(settings) as engine:
-        assert [answer.tokens for answer in engine.ask(prompts[:6])] == reference[:6]
+    with engine.attached(address=daemon.address, retry_interval_s=0.1, call_timeout_s=0.5):
+        assert tokens(engine.ask(prompts[:6])) == reference[:6]
         daemon.statistics()
         engine.forget()
         daemon.signal(signal.SIGKILL)
         alone = engine.ask(prompts)
-        assert [answer.tokens for answer in alone] == reference
-        assert [answer.from_storage for answer in alone] == [0] * len(prompts)
+        assert tokens(alone) == reference
+        assert from_storage(alone) == [0] * len(prompts)
         engine.forget()
         daemon.start()
-        engine.ask(prompts[:1])  # finds it again
+        engine.ask(prompts[-1:])  # finds it again
         engine.forget()
         back = engine.ask(prompts[:6])
-        assert [answer.tokens for answer in back] == reference[:6]
-        assert sum(answer.from_storage for answer in back) > 0, "disk was recovered"
+        assert tokens(back) == reference[:6]
+        assert sum(from_storage(back)) > 0, "the disk was recovered"
         engine.forget()
-        os.kill(daemon.process.pid, signal.SIGSTOP)
-        assert [answer.tokens for answer in engine.ask(prompts)] == reference
-        os.kill(daemon.process.pid, signal.SIGCONT)
+        daemon.signal(signal.SIGSTOP)
+        assert tokens(engine.ask(prompts)) == reference
+        daemon.signal(signal.SIGCONT)
 
 
-def test_corrupt_blocks_are_computed_again(engine_on, daemon, prompts, reference):
-    with engine_on({"address": daemon.address}) as engine:
+def test_corrupt_blocks_are_computed_again(engine, daemon, prompts, reference):
+    with engine.attached(address=daemon.address):
         engine.ask(prompts)
     daemon.statistics()
     daemon.signal(signal.SIGKILL)
@@ -106,7 +121,44 @@ def test_corrupt_blocks_are_computed_again(engine_on, daemon, prompts, reference
         content[place] ^= 0x40
     slab.write_bytes(content)
     daemon.start()
-    with engine_on({"address": daemon.address}) as engine:
-        answers = engine.ask(prompts)
-    assert [answer.tokens for answer in answers] == reference
+    with engine.attached(address=daemon.address):
+        assert tokens(engine.ask(prompts)) == reference
     assert daemon.statistics()["counters"]["corrupt_blocks"] > 0
+
+
+def test_a_wrong_attach_is_refused_with_the_remedy_and_the_engine_goes_on(
+    engine, daemon, prompts, reference
+):
+    assert "known keys are address" in engine.attach_refused(adress="ipc:///x")
+    missing = engine.attach_refused(address=f"ipc://{daemon.folder}/none.sock")
+    assert "start kvstrata serve there first" in missing
+    assert tokens(engine.ask(prompts[:3])) == reference[:3]
+    with engine.attached(address=daemon.address):
+        assert tokens(engine.ask(prompts[:3])) == reference[:3]
+
+
+def test_an_engine_restart_in_another_layout_finds_every_page(
+    engine, engine_on, daemon, prompts, reference
+):
+    with engine.attached(address=daemon.address):
+        engine.ask(prompts)
+    with engine_on({"address": daemon.address}, hicache_mem_layout="layer_first") as second:
+        warm = second.ask(prompts)
+    assert tokens(warm) == reference
+    assert from_storage(warm) == [whole_pages(prompt) for prompt in prompts]
+
+
+def test_a_private_daemon_keeps_pages_on_disk_and_another_model_finds_none(
+    engine, engine_on, prompts, reference, make_llama, tmp_path
+):
+    settings = {"tiers": f"host:64MiB,disk:{tmp_path / 'kv'}:64MiB"}
+    for times in range(2):
+        with engine.attached(**settings):  # each attach starts a daemon, each detach ends it
+            answers = engine.ask(prompts)
+        assert tokens(answers) == reference
+        assert from_storage(answers) == [times * whole_pages(prompt) for prompt in prompts]
+    other = make_llama(tmp_path / "other", seed=1)
+    with engine_on(settings, model=other) as second:
+        strange = second.ask(prompts[:4])
+    assert from_storage(strange) == [0] * 4
+    assert tokens(strange) != reference[:4]
