@@ -7,6 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check \
        --progress-bar off --no-deps
 EXAMPLE := examples/kvstrata-redis
+SGLANG := .venv-sglang/bin
 PLATFORM := $(shell uname -sm)
 
 # Nothing here may wait for a network: the demo and the tests build their own model.
@@ -14,10 +15,10 @@ export HF_HUB_OFFLINE := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-rgw check bench sim mutants lock clean
+.PHONY: help env demo test test-rgw test-sglang check bench sim mutants lock clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 env: $(BIN)/.project ## create .venv with the package, its tools and an engine
 	@test -e $(BIN)/.engine || echo "note: no engine here ($(PLATFORM)); its tests are skipped"
@@ -31,7 +32,7 @@ test: env ## check, then every test; the engine's tests come last
 	$(MAKE) --no-print-directory check || status=1; \
 	echo "== tests without an engine"; \
 	$(BIN)/python -m pytest tests --ignore=tests/engine --ignore=tests/nixl --ignore=tests/rgw \
-	  -n 2 || status=1; \
+	  --ignore=tests/sglang -n 2 || status=1; \
 	echo "== tests of the example plug-in"; \
 	$(BIN)/python -m pytest $(EXAMPLE) || status=1; \
 	echo "== tests with NIXL"; \
@@ -39,6 +40,7 @@ test: env ## check, then every test; the engine's tests come last
 	$(MAKE) --no-print-directory test-rgw || status=1; \
 	echo "== simulated worlds"; \
 	$(BIN)/python -m kvstrata.testing.simworld --seeds 2000 --first 1 || status=1; \
+	$(MAKE) --no-print-directory test-sglang || status=1; \
 	echo "== tests with an engine"; \
 	$(BIN)/python -m pytest tests/engine || status=1; \
 	exit $$status
@@ -46,6 +48,11 @@ test: env ## check, then every test; the engine's tests come last
 test-rgw: env ## test the object store against a Ceph RGW (.ci/ceph brings it)
 	@echo "== tests with a Ceph RGW"
 	@PATH="$$PATH:$(CURDIR)/build/ceph/root/usr/bin" $(BIN)/python -m pytest tests/rgw
+
+test-sglang: env $(SGLANG)/.tried ## test SGLang's storage backend, in an environment of its own
+	@echo "== tests with SGLang"
+	@if test -e $(SGLANG)/.ready; then $(SGLANG)/python -m pytest tests/sglang; \
+	else $(BIN)/python -m pytest tests/sglang; fi
 
 check: env ## lint, format, types, import rules, house rules
 	@echo "== ruff"; $(BIN)/ruff check --quiet .
@@ -69,7 +76,7 @@ lock: env ## resolve requirements/*.txt anew
 	@$(BIN)/python tools/lock.py
 
 clean: ## remove .venv and every cache
-	@rm -rf .venv build dist .coverage htmlcov .hypothesis .import_linter_cache .mypy_cache \
+	@rm -rf .venv .venv-sglang build dist .coverage htmlcov .hypothesis .import_linter_cache .mypy_cache \
 	  .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -119,4 +126,18 @@ $(BIN)/.project: pyproject.toml $(EXAMPLE)/pyproject.toml $(BIN)/.engine-tried $
 	@echo "env: installing kvstrata and its example plug-in"
 	@$(PIP) --no-build-isolation -e .
 	@$(PIP) --no-build-isolation -e $(EXAMPLE)
+	@touch $@
+
+# SGLang pins other versions of what vLLM pins, so it has an environment of its own.
+$(SGLANG)/.tried: requirements/sglang.txt pyproject.toml | $(BIN)/python
+	@echo "env: installing SGLang into .venv-sglang (two minutes, 2.4 GB)"
+	@rm -rf .venv-sglang
+	@$(PYTHON) -m venv .venv-sglang
+	@if $(SGLANG)/python -m pip install -qq --no-input --disable-pip-version-check \
+	    --progress-bar off --no-deps -r requirements/sglang.txt \
+	  && $(SGLANG)/python -m pip install -qq --no-input --disable-pip-version-check --no-deps \
+	    --no-build-isolation -e . \
+	  && $(SGLANG)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; \
+	then touch $(SGLANG)/.ready; \
+	else echo "note: no SGLang on a CPU torch here ($(PLATFORM)); its tests are skipped"; fi
 	@touch $@

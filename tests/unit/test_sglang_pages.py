@@ -210,7 +210,7 @@ def test_a_hub_model_is_named_by_its_commit_or_refused(arguments):
     hub = arguments | {"model_path": "some/model"}
     assert key_of(hub | {"revision": "a" * 40}) != key_of(hub | {"revision": "b" * 40})
     for moving in (None, "main", "v1.0"):
-        with pytest.raises(ConfigError, match=r"cannot tell.*--revision COMMIT"):
+        with pytest.raises(ConfigError, match=r"cannot tell.*--revision"):
             key_of(hub | {"revision": moving})
 
 
