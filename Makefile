@@ -4,8 +4,9 @@ PYTHON ?= python3
 SEEDS ?= 200
 FIRST ?= 0
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check \
-       --progress-bar off --no-deps
+SGLANG := .venv-sglang/bin
+PIP_OPTIONS := install -qq --no-input --disable-pip-version-check --progress-bar off --no-deps
+PIP := $(BIN)/python -m pip $(PIP_OPTIONS)
 PLATFORM := $(shell uname -sm)
 
 # Nothing here may wait for a network: the demo and the tests build their own model.
@@ -13,10 +14,10 @@ export HF_HUB_OFFLINE := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check bench sim mutants lock clean
+.PHONY: help env demo test test-sglang check bench sim mutants lock clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 env: $(BIN)/.project ## create .venv with the package, its tools and an engine
 	@test -e $(BIN)/.engine || echo "note: no engine here ($(PLATFORM)); its tests are skipped"
@@ -29,14 +30,27 @@ test: env ## check, then every test; the engine's tests come last
 	@status=0; \
 	$(MAKE) --no-print-directory check || status=1; \
 	echo "== tests without an engine"; \
-	$(BIN)/python -m pytest tests --ignore=tests/engine --ignore=tests/nixl -n 2 || status=1; \
+	$(BIN)/python -m pytest tests --ignore=tests/engine --ignore=tests/nixl --ignore=tests/sglang \
+	  -n 2 || status=1; \
 	echo "== tests with NIXL"; \
 	$(BIN)/python -m pytest tests/nixl || status=1; \
 	echo "== simulated worlds"; \
 	$(BIN)/python -m kvstrata.testing.simworld --seeds 2000 --first 1 || status=1; \
+	$(MAKE) --no-print-directory test-sglang || status=1; \
 	echo "== tests with an engine"; \
 	$(BIN)/python -m pytest tests/engine || status=1; \
 	exit $$status
+
+# SGLang pins other releases than vLLM, so it has an environment of its own. Where that cannot be
+# made the lane says so and passes, except in CI, which must not lose it unseen.
+test-sglang: ## the tests with SGLang, in .venv-sglang
+	@echo "== tests with SGLang"
+	@if $(MAKE) --no-print-directory $(SGLANG)/.project; then \
+	  $(SGLANG)/python -m pytest tests/sglang; \
+	else \
+	  echo "skipped: tests/sglang: its environment cannot be made here ($(PLATFORM)), see above"; \
+	  test -z "$$CI"; \
+	fi
 
 check: env ## lint, format, types, import rules, house rules
 	@echo "== ruff"; $(BIN)/ruff check --quiet .
@@ -59,8 +73,8 @@ lock: env ## resolve requirements/*.txt anew
 	@$(BIN)/python tools/lock.py
 
 clean: ## remove .venv and every cache
-	@rm -rf .venv build dist .coverage htmlcov .hypothesis .import_linter_cache .mypy_cache \
-	  .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-sglang build dist .coverage htmlcov .hypothesis .import_linter_cache \
+	  .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps below live in .venv/bin, so that removing .venv forgets them too. --no-deps makes the
@@ -108,4 +122,15 @@ $(BIN)/.nixl-tried: requirements/nixl.txt $(BIN)/.tools
 $(BIN)/.project: pyproject.toml $(BIN)/.engine-tried $(BIN)/.nixl-tried
 	@echo "env: installing kvstrata"
 	@$(PIP) --no-build-isolation -e .
+	@touch $@
+
+# torch must be the CPU build, as for the other engine; SGLang compiles its page hash on first use.
+$(SGLANG)/.project: requirements/sglang.txt pyproject.toml $(BIN)/python
+	@$(BIN)/python tests/sglang/support/can_compile.py
+	@echo "test-sglang: installing SGLang (about a minute, 2.5 GB)"
+	@$(BIN)/python -m venv --clear .venv-sglang
+	@$(SGLANG)/python -m pip $(PIP_OPTIONS) -r requirements/sglang.txt
+	@$(SGLANG)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || { \
+	  echo "test-sglang: the torch that it names must be the CPU build" >&2; exit 1; }
+	@$(SGLANG)/python -m pip $(PIP_OPTIONS) --no-build-isolation -e .
 	@touch $@
