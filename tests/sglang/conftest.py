@@ -25,6 +25,7 @@ import pytest
 _SUPPORT = Path(__file__).parent / "support"
 PAGE_TOKENS = 16
 _START_S = 90.0
+_TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # the cores of each rank
 _ORDER_S = 60.0  # the first answer compiles SGLang's page hash
 
 
@@ -79,6 +80,7 @@ class Engine:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
+                env=os.environ | (_TWO_RANKS if arguments.get("tp_size") == 2 else {}),
                 start_new_session=True,  # what fails ends with its process group
             )
         for fd in fds:
