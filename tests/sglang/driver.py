@@ -16,6 +16,7 @@ import sys
 def main() -> None:
     """Start the engine, say so, and serve until the orders end."""
     import sglang
+    from sglang.srt.managers.io_struct import GenerateReqInput
 
     orders, answers = os.fdopen(int(sys.argv[1])), os.fdopen(int(sys.argv[2]), "w")
 
@@ -28,7 +29,9 @@ def main() -> None:
     for line in orders:
         order = json.loads(line)
         if order["do"] == "ask":
-            output = engine.generate(**order["given"])
+            given = GenerateReqInput(stream=False, **order["given"])
+            asked = engine.tokenizer_manager.generate_request(given, None)
+            output = engine.loop.run_until_complete(anext(asked))
             meta = output["meta_info"]
             say(
                 {

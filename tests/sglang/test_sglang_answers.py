@@ -162,3 +162,26 @@ def test_a_private_daemon_keeps_pages_on_disk_and_another_model_finds_none(
         strange = second.ask(prompts[:4])
     assert from_storage(strange) == [0] * 4
     assert tokens(strange) != reference[:4]
+
+
+def test_two_ranks_keep_a_shard_each(engine_on, prompts, reference, tmp_path):
+    settings = {"tiers": f"host:16MiB,disk:{tmp_path}/{{tp_rank}}:16MiB"}
+    with engine_on(settings, tp_size=2) as engine:
+        assert tokens(engine.ask(prompts[:6])) == reference[:6]
+        engine.forget()
+        warm = engine.ask(prompts[:6])
+    assert tokens(warm) == reference[:6]
+    assert from_storage(warm) == [whole_pages(prompt) for prompt in prompts[:6]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+def test_a_conversation_grows_and_each_turn_finds_the_ones_before(engine, daemon, prompts):
+    asked, kept = list(prompts[4]), 1
+    with engine.attached(address=daemon.address):
+        for turn in range(4):
+            (answer,) = engine.ask([asked])
+            assert answer.from_storage == whole_pages(asked[:kept]), "the answer's own pages, too"
+            daemon.statistics()
+            engine.forget()
+            kept = (len(asked) + len(answer.tokens) - 1) // PAGE_TOKENS * PAGE_TOKENS + 1
+            asked += [*answer.tokens, *prompts[turn][:37]]

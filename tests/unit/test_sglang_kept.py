@@ -149,7 +149,8 @@ def test_nothing_stays_held_or_half_filled(serve, keep):
     digests = chain(1, 8)
     save(kept, digests)
     assert kept.find(digests) == 8
-    assert load_right(kept, digests[:4]) == 4, "SGLang loads in batches"
+    assert counters(daemon.address)["tiers"]["host"]["in_use"] == 8
+    assert load_right(kept, digests[:4]) == 4
     assert load_right(kept, digests[4:]) == 4
     node = counters(daemon.address)
     host = node["tiers"]["host"]
@@ -194,6 +195,7 @@ def test_pages_come_back_from_disk(keep, tmp_path):
     second = keep(tiers)
     assert second.find(digests) == 40
     assert load_right(second, digests) == 40
+    assert counters(second.daemon_address)["counters"]["hit_blocks_staged"] == 40
 
 
 def test_a_load_without_a_question_stages_for_itself(keep, tmp_path):
@@ -265,7 +267,7 @@ def test_a_daemon_that_hangs_holds_nobody_longer_than_its_limits(serve, keep, ev
     for thread in threads:
         thread.join(10)
     assert len(took) == 4
-    assert max(took) < 0.5 + 2 * 0.2 + 0.5
+    assert max(took) < 0.5 + 2 * 0.2 + 2.0, took
     daemon.signal(signal.SIGCONT)
     eventually(lambda: load_right(kept, digests) == 6 or (save(kept, digests) and None))
 
@@ -384,18 +386,23 @@ def test_the_canary_notices_bytes_that_change_on_the_way(serve, keep):
         fly_canary(kept, pages, 0, PAGE_BYTES, lambda page: pages._arrays[page])
 
 
-def test_holds_are_bounded_and_end_with_their_last_page():
+def test_holds_are_bounded_and_the_latest_of_a_page_is_taken():
     holds = Holds()
     pages = chain(1, 200)
-    assert holds.add(Hold("a", 1, set(pages[:3]))) == []
-    assert holds.take(pages[:2], 1) == []
-    assert [hold.name for hold in holds.take(pages[2:3], 1)] == ["a"]
+    assert holds.add(Hold("a", 1, frozenset(pages[:3]))) == []
+    assert holds.add(Hold("b", 1, frozenset(pages[2:5]))) == []
+    assert holds.take(pages[2]).name == "b"
+    assert holds.take(pages[4]) is None
+    assert holds.take(pages[0]).name == "a"
+    assert len(holds) == 0
     dropped = [
-        hold.name for place in range(70) for hold in holds.add(Hold(f"{place}", 1, {pages[place]}))
+        hold.name
+        for place in range(70)
+        for hold in holds.add(Hold(f"{place}", 1, frozenset({pages[place]})))
     ]
     assert dropped == [str(place) for place in range(6)]
     assert len(holds) == 64
-    assert holds.take([pages[0]], 1) == [], "it made room"
-    assert holds.take([pages[10]], 2) == [], "of another epoch"
+    assert holds.take(pages[0]) is None, "it made room"
     holds.drop_all()
     assert len(holds) == 0
+    assert holds.take(pages[10]) is None

@@ -147,11 +147,12 @@ def test_each_rank_has_its_own_daemon():
         ({"address": "ipc:///run/kv.sock"}, False, "different shards cannot share one daemon"),
         ({"tiers": "host:1MiB,disk:/kv:1MiB"}, False, "two daemons cannot use one disk directory"),
         ({"tiers": "host:1MiB"}, True, "private daemons would stay empty"),
+        ({"address": "ipc:///run/kv.sock"}, True, "different shards cannot share one daemon"),
     ],
 )
 def test_ranks_that_would_be_in_each_others_way_are_refused(given, replicated, said):
     with pytest.raises(ConfigError, match=said):
-        read_settings(given).where(Shard(0, 2), replicated=replicated)
+        read_settings(given).where(Shard(0, 2, 0, 2), replicated=replicated)
 
 
 def test_replicated_ranks_share_a_daemon():

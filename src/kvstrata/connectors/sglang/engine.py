@@ -113,6 +113,8 @@ def pool_geometry(pool: Any) -> PoolGeometry:
         "storage_format_tag": getattr(pool, "storage_format_tag", None),
         "stores_page_envelope": getattr(pool, "stores_page_envelope", False),
         "draft layers": getattr(pool, "target_layer_num", None) not in {None, pool.layer_num},
+        "packed fp8": getattr(pool, "dsa_kv_cache_store_fp8", False),
+        "layer shards": getattr(pool, "_layer_shard_enabled", False),
         "head groups": getattr(pool, "head_group_num", 1) != 1,
         "v_head_dim": kind == "heads" and pool.v_head_dim != pool.head_dim,
         "device": not isinstance(pool.kv_buffer, torch.Tensor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +14,7 @@ __all__ = ["Hold", "Holds"]
 _HOLDS_MAX: Final = 64
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Hold:
     """Pages that were found, and not loaded yet."""
 
@@ -23,8 +22,8 @@ class Hold:
     """The name under which the daemon holds them."""
     epoch: int
     """The session's epoch in which it does."""
-    pages: set[LineageDigest]
-    """Those that are still to be loaded."""
+    pages: frozenset[LineageDigest]
+    """Which pages."""
 
 
 class Holds:
@@ -52,23 +51,14 @@ class Holds:
                 self._drop(next(iter(self._holds))) for _ in range(len(self._holds) - _HOLDS_MAX)
             ]
 
-    def take(self, pages: Sequence[LineageDigest], epoch: int) -> list[Hold]:
-        """Note that pages were loaded; return the holds that have none left, to be released.
+    def take(self, page: LineageDigest) -> Hold | None:
+        """Return the latest hold of a page and forget it; None if there is none.
 
-        Holds of other epochs are void and only forgotten.
+        SGLang loads in the same batches in which it asks, so a hold is loaded at once or never.
         """
         with self._lock:
-            done = []
-            for page in pages:
-                name = self._by_page.get(page)
-                if name is None:
-                    continue
-                hold = self._holds[name]
-                hold.pages.discard(page)
-                del self._by_page[page]
-                if not hold.pages:
-                    done.append(self._drop(name))
-            return [hold for hold in done if hold.epoch == epoch]
+            name = self._by_page.get(page)
+            return None if name is None else self._drop(name)
 
     def drop_all(self) -> None:
         """Forget all of them: what they held was cleared."""

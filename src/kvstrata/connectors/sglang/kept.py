@@ -92,7 +92,7 @@ class KeptPages:
         name, until = next(self._names), self._until()
         ready, epoch = self._wait_ready(name, digests, until)
         if ready:
-            old = self._holds.add(Hold(name, epoch, set(digests[:ready])))
+            old = self._holds.add(Hold(name, epoch, frozenset(digests[:ready])))
             self._release([each.name for each in old if each.epoch == epoch], epoch, until)
         elif epoch:
             self._release([name], epoch, until)
@@ -103,7 +103,9 @@ class KeptPages:
         self, digests: Sequence[LineageDigest], target: PageSpace, pages: Sequence[int]
     ) -> int:
         """Copy kept pages into `pages` of `target`; return how many leading ones are right."""
-        name, until = next(self._names), self._until()
+        # Under the name of the question, so that the daemon knows what was staged for it.
+        hold = self._holds.take(digests[0]) if digests else None
+        name, until = hold.name if hold else next(self._names), self._until()
         loaded = 0
         mapped, acquired = self._acquire(name, digests, until)
         if mapped and len(acquired.slots) < len(digests):  # not held, or held in another epoch
@@ -113,8 +115,7 @@ class KeptPages:
             try:
                 loaded = self._copy_in(mapped, acquired, target, pages, until)
             finally:
-                done = self._holds.take(digests, mapped.epoch)
-                self._release([name, *(each.name for each in done)], mapped.epoch, until)
+                self._release([name], mapped.epoch, until)
         self.counters.loaded += loaded
         self.counters.unloaded += len(pages) - loaded
         return loaded

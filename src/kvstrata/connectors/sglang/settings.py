@@ -51,26 +51,26 @@ class StorageSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def where(self, shard: Shard, *, replicated: bool) -> str | NodeConfig:
         """Return the daemon's address, or what a private one is to own, for one rank.
 
-        `replicated`: every rank holds the same blocks and one of them writes. Raises ConfigError
-        where the ranks of one engine would be in each other's way.
+        `replicated`: there are further ranks with the same blocks, and one of them writes. Raises
+        ConfigError where the ranks of one engine would be in each other's way.
         """
         ranks = {"tp_rank": shard.tensor_rank, "pp_rank": shard.pipeline_rank}
-        several = shard.tensor_size > 1 or shard.pipeline_size > 1
+        shards = shard.tensor_size > 1 or shard.pipeline_size > 1
         if self.address:
-            if several and not replicated and _filled(self.address, ranks) == self.address:
+            if shards and _filled(self.address, ranks) == self.address:
                 raise ConfigError(
                     "address: ranks that hold different shards cannot share one daemon",
                     hint="start one daemon for each rank and put {tp_rank} or {pp_rank} in address",
                 )
             return _filled(self.address, ranks)
-        if replicated and several:
+        if replicated:
             raise ConfigError(
                 "address: this model's KV is the same on every rank and only one rank writes, so "
                 "private daemons would stay empty on the others",
                 hint="start kvstrata serve and give its address",
             )
         tiers = _filled(self.tiers, ranks)
-        if several and tiers == self.tiers and "disk:" in tiers:
+        if shards and tiers == self.tiers and "disk:" in tiers:
             raise ConfigError(
                 "tiers: two daemons cannot use one disk directory",
                 hint="put {tp_rank} or {pp_rank} in it, as in disk:/var/kv/{tp_rank}:1TiB",
