@@ -22,7 +22,7 @@ begin = time.perf_counter()
 import kvstrata
 print(json.dumps({"s": time.perf_counter() - begin, "modules": sorted(sys.modules)}))
 """
-ENGINE = ("kvstrata.connectors.vllm", "kvstrata.apps.cli.demo")
+ENGINE = ("kvstrata.connectors.sglang", "kvstrata.connectors.vllm", "kvstrata.apps.cli.demo")
 SOURCES = {
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "src" / "kvstrata").rglob("*.py"))
