@@ -31,6 +31,7 @@ PAYLOAD = memoryview(random.Random(1).randbytes(LENGTH))
 TIMEOUT_S = 1.5
 SECRET = "hunter2hunter2hunter2"
 RATIO_MIN = 0.5  # machines are shared: this finds a path that has broken, not one that is slow
+RUNS_MAX = 3
 
 
 def key(number):
@@ -193,12 +194,20 @@ class _Mover:
 
 @pytest.mark.usefixtures("rgw_url")
 def test_putting_and_getting_keeps_up_with_the_bare_client(ceph_server, tmp_path, capsys):
-    """`bench/objects.py` in short; the numbers of a quiet machine are in `bench/results`."""
+    """`bench/objects.py` in short; the numbers of full runs are in `bench/results`.
+
+    One round a run, so a busy moment can halve a ratio; a path that has broken is slow each time.
+    """
     script = Path(__file__).parents[2] / "bench" / "objects.py"
     told = tmp_path / "told.json"
     command = [sys.executable, script, "--url", ceph_server.url, "--quick", "--json", told]
-    subprocess.run(command, check=True, capture_output=True, timeout=100, env=dict(os.environ))
-    paths = json.loads(told.read_text())["paths"]
-    with capsys.disabled():
-        sys.stdout.write("\n" + "\n".join(f"{each['name']}: {each['ratio']}" for each in paths))
-    assert [each["name"] for each in paths if each["ratio"] < RATIO_MIN] == []
+    best: dict[str, float] = {}
+    for _ in range(RUNS_MAX):
+        subprocess.run(command, check=True, capture_output=True, timeout=60, env=dict(os.environ))
+        for each in json.loads(told.read_text())["paths"]:
+            best[each["name"]] = max(each["ratio"], best.get(each["name"], 0.0))
+        with capsys.disabled():
+            sys.stdout.write(f"\nours over the bare client, best so far: {best}\n")
+        if min(best.values()) >= RATIO_MIN:
+            return
+    raise AssertionError(f"below {RATIO_MIN} in each of {RUNS_MAX} runs: {best}")
