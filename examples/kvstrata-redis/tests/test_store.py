@@ -18,6 +18,7 @@ from kvstrata.core.ids import SequenceHash
 from kvstrata.storage.envelope import HEADER_BYTES
 from kvstrata.storage.keyed import PutAnswer
 from kvstrata.testing.contracts.keyed_store import fresh_request
+from kvstrata.testing.server import free_port
 from kvstrata_redis import RedisStore
 from kvstrata_redis.place import PASSWORD, USERNAME, parse_place
 
@@ -154,7 +155,8 @@ class TestAtTheStart:
         self.refused(server.url, "is a replica", "primary")
 
     def test_a_node_of_a_cluster(self, start_redis):
-        server = start_redis("--cluster-enabled", "yes")
+        # By itself the bus listens at port + 10000, which a free port need not leave room for.
+        server = start_redis("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
         self.refused(server.url, "node of a cluster", "not part of a cluster")
 
     def test_a_database_that_is_not_there(self, redis_server):
