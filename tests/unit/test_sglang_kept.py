@@ -157,20 +157,34 @@ def test_nothing_stays_held_or_half_filled(serve, keep):
     assert (host["in_use"], host["filling"]) == (0, 0), node
 
 
-def test_a_later_turn_hangs_on_the_one_before(serve, keep):
-    daemon = serve("host:64KiB")  # eight pages
+def test_a_later_turn_hangs_on_the_one_before(serve, keep, eventually):
+    daemon = serve("host:64KiB")  # seven pages
     kept = keep(daemon.address)
-    old, more = chain(1, 4), chain(2, 20)
-    save(kept, old[:2])
-    save(kept, old[2:], old[1])
-    assert kept.find(old) == 4
-    for first in range(0, 20, 2):
-        save(kept, more[first : first + 2], more[first - 1] if first else None)
-        kept.find(more[: first + 2])
-    # Whatever was evicted, no page is kept whose prefix is not.
-    for digests in (old, more):
-        found = kept.find(digests)
-        assert all(kept.find([digest]) == 0 for digest in digests[found:])
+    turns = chain(1, 4)
+    save(kept, turns[:2])
+    eventually(lambda: counters(daemon.address)["tiers"]["host"]["idle"] == 2)
+    save(kept, turns[2:], turns[1])
+    eventually(lambda: counters(daemon.address)["tiers"]["host"]["idle"] == 4)
+    for other in range(5):  # the first turn is the coldest, and yet its pages are not taken first
+        save(kept, chain(100 + other, 1))
+    there = [load_right(kept, [digest]) for digest in turns]
+    assert 0 < sum(there) < 4, "something was evicted, not all"
+    assert there == sorted(there, reverse=True), "no page is kept whose prefix is not"
+
+
+def test_who_cannot_have_its_turn_goes_on_without_the_cache(serve, keep):
+    kept = keep(serve("host:4MiB").address, batch_timeout_s=0.3)
+    digests = chain(1, 3)
+    save(kept, digests)
+    assert kept.find(digests) == 3
+    with kept._turns._lock:  # another thread, in the middle of its calls
+        began = time.monotonic()
+        assert kept.find(digests) == 0
+        assert load_right(kept, digests) == 0
+        assert save(kept, chain(2, 2)) == [False] * 2
+        assert time.monotonic() - began < 4 * 0.3 + 1.0
+    assert kept.statistics()["late_turns"] >= 3
+    assert kept.find(digests) == 3
 
 
 def test_a_full_host_keeps_a_prefix_and_says_so(serve, keep):
