@@ -138,6 +138,11 @@ class Engine:
         assert not success
         return str(message)
 
+    def update_weights(self, model: Path) -> None:
+        """Give the running engine other weights; it empties its own caches."""
+        self.forget()
+        assert self._order({"do": "update", "model": str(model)})
+
     def detach(self) -> None:
         """Go on without a storage; it refuses while something is on its way."""
         self._until("detach")

@@ -30,8 +30,7 @@ def main() -> None:
         order = json.loads(line)
         if order["do"] == "ask":
             given = GenerateReqInput(stream=False, **order["given"])
-            asked = engine.tokenizer_manager.generate_request(given, None)
-            output = engine.loop.run_until_complete(anext(asked))
+            output = engine.loop.run_until_complete(_only(engine, given))
             meta = output["meta_info"]
             say(
                 {
@@ -42,12 +41,20 @@ def main() -> None:
             )
         elif order["do"] == "forget":
             say(engine.flush_cache().success)
+        elif order["do"] == "update":
+            say(engine.update_weights_from_disk(order["model"])[0])
         else:  # attach, detach, clear: as SGLang's HTTP server does it
             manager = engine.tokenizer_manager
             work = getattr(manager, f"{order['do']}_hicache_storage")(**order.get("given", {}))
             done = engine.loop.run_until_complete(work)
             say([done.success, getattr(done, "message", "")])
     engine.shutdown()
+
+
+async def _only(engine, given):
+    # To its end: until then a request holds the lock that an update of weights waits for.
+    (answer,) = [each async for each in engine.tokenizer_manager.generate_request(given, None)]
+    return answer
 
 
 if __name__ == "__main__":

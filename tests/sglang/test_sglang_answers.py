@@ -185,3 +185,30 @@ def test_a_conversation_grows_and_each_turn_finds_the_ones_before(engine, daemon
             engine.forget()
             kept = (len(asked) + len(answer.tokens) - 1) // PAGE_TOKENS * PAGE_TOKENS + 1
             asked += [*answer.tokens, *prompts[turn][:37]]
+
+
+def test_new_weights_in_a_running_engine_find_nothing_of_the_old(
+    engine_on, daemon, make_llama, prompts, reference, tmp_path
+):
+    """SGLang does not tell its storage of them: it must notice, and be told their name."""
+    other = make_llama(tmp_path / "other", seed=1)
+    with engine_on() as engine:
+        with engine.attached(address=daemon.address):
+            assert tokens(engine.ask(prompts[:4])) == reference[:4]
+            daemon.statistics()
+            engine.update_weights(other)
+            updated = engine.ask(prompts[:4])
+        assert from_storage(updated) == [0] * 4
+        alone = engine.ask(prompts[:4])
+        assert tokens(updated) == tokens(alone)
+        assert tokens(updated) != reference[:4], "the same answers would show nothing"
+        engine.forget()
+        assert "weights_revision" in engine.attach_refused(address=daemon.address)
+        settings = {"address": daemon.address, "weights_revision": "two"}
+        with engine.attached(**settings):
+            assert from_storage(engine.ask(prompts[:4])) == [0] * 4
+            daemon.statistics()
+            engine.forget()
+            warm = engine.ask(prompts[:4])
+        assert tokens(warm) == tokens(alone)
+        assert from_storage(warm) == [whole_pages(prompt) for prompt in prompts[:4]]

@@ -105,6 +105,7 @@ def arguments(monkeypatch, tiny_model):
         "revision": None,
         "served_model_name": None,
         "random_seed": 1,
+        "trust_remote_code": False,
         "enable_lora": None,
         "lora_paths": None,
         "speculative_algorithm": None,
@@ -355,3 +356,56 @@ def test_the_canary_leaves_no_page_and_no_host_memory_behind(attach, daemon):
     assert pool.available_size() == free
     host = daemon.statistics()["tiers"]["host"]
     assert host["idle"] + host["in_use"] == 0
+
+
+def test_a_model_that_takes_images_is_refused(attach, arguments, tmp_path):
+    import transformers
+
+    folder = tmp_path / "sees"
+    transformers.Qwen2VLConfig(architectures=["Qwen2VLForConditionalGeneration"]).save_pretrained(
+        folder
+    )
+    arguments.model_path = str(folder)
+    with pytest.raises(LayoutError, match="images or audio"):
+        attach(make_pool())
+
+
+class TestNewWeights:
+    @pytest.fixture(autouse=True)
+    def _count(self, monkeypatch):
+        from kvstrata.connectors.sglang import weights
+
+        monkeypatch.setattr(weights._Seen, "count", 0)
+        monkeypatch.setattr(weights._Seen, "from_start", True)
+        monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+        self.seen = weights._Seen
+
+    def test_nothing_is_served_or_saved_once_an_update_was_begun(self, attach):
+        pool = make_pool()
+        storage = attach(pool)
+        keys, indices = keys_of(1, 2), pool.alloc(2 * PAGE_TOKENS)
+        assert storage.batch_set_v1(keys, indices) == [True, True]
+        assert storage.batch_exists(keys) == 2
+        self.seen.count += 1
+        assert storage.batch_exists(keys) == 0
+        assert storage.batch_get_v1(keys, indices) == [False, False]
+        assert storage.batch_get(keys, pages_as_tensors(pool, 2)) == [None, None]
+        assert storage.batch_set_v1(keys_of(2, 2), indices) == [False, False]
+
+    def test_the_files_name_them_no_more(self, attach, daemon):
+        self.seen.count += 1
+        with pytest.raises(LayoutError, match="were updated since it started"):
+            attach(make_pool())
+        storage = attach(make_pool(), {"address": daemon.address, "weights_revision": "two"})
+        assert storage.batch_exists(keys_of(1, 2)) == 0
+
+    def test_who_may_have_missed_an_update_asks_for_a_name(self, attach, monkeypatch):
+        self.seen.from_start = False
+        monkeypatch.setenv("SGLANG_PLUGINS", "others")
+        with pytest.raises(LayoutError, match=r"may have been.*SGLANG_PLUGINS"):
+            attach(make_pool())
+
+
+def pages_as_tensors(pool, count):
+    """Return flat tensors of a page each, as SGLang's generic calls give them."""
+    return [pool.get_dummy_flat_data_page() for _ in range(count)]

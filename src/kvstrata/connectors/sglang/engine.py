@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TESTED_VERSIONS",
+    "check_model",
     "check_pool_name",
     "check_version",
     "host_pages",
@@ -57,12 +58,40 @@ def check_version() -> None:
         )
 
 
+def check_model(arguments: Mapping[str, Any]) -> None:
+    """Raise LayoutError for a model that takes more than text, which was not tested.
+
+    Numbers of 62 bits stand for an image's tokens, and page keys are made of 32 bits a token.
+    """
+    from sglang.srt.configs.model_config import is_multimodal_model
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    config = get_config(
+        arguments["model_path"],
+        trust_remote_code=bool(arguments["trust_remote_code"]),
+        revision=arguments["revision"],
+    )
+    towers = [
+        name
+        for name in ("vision_config", "audio_config")
+        if getattr(config, name, None) is not None
+    ]
+    if towers or is_multimodal_model(config.architectures or []):
+        raise LayoutError(
+            "the model takes images or audio, of which pages were not tested to be told apart",
+            hint="run it without this storage backend",
+        )
+
+
 def server_arguments() -> Mapping[str, Any]:
     """Return the engine's arguments that concern us; raises LayoutError for refused ones."""
     from sglang.srt.runtime_context import get_server_args
 
     arguments = get_server_args()
-    names = (*NUMERIC_ARGUMENTS, "model_path", "revision", "served_model_name", "random_seed")
+    names = (
+        *NUMERIC_ARGUMENTS,
+        *("model_path", "revision", "served_model_name", "random_seed", "trust_remote_code"),
+    )
     known = {name: _argument(arguments, name) for name in (*names, *_REFUSED)}
     for name, why in _REFUSED.items():
         if known[name]:

@@ -26,6 +26,7 @@ from sglang.srt.observability.metrics_collector import StorageMetrics
 
 from kvstrata.connectors.sglang.canary import fly_canary
 from kvstrata.connectors.sglang.engine import (
+    check_model,
     check_pool_name,
     check_version,
     host_pages,
@@ -38,6 +39,7 @@ from kvstrata.connectors.sglang.identity import engine_namespace
 from kvstrata.connectors.sglang.kept import KeptPages
 from kvstrata.connectors.sglang.keys import page_digests
 from kvstrata.connectors.sglang.settings import read_settings
+from kvstrata.connectors.sglang.weights import WeightWatch
 from kvstrata.core.errors import ConfigError, DaemonError
 from kvstrata.core.ids import LineageDigest
 from kvstrata.runtime.session import Session
@@ -61,6 +63,9 @@ class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untype
         self._settings = read_settings(storage_config.extra_config)
         self._shard, self._replicated = shard_of(storage_config)
         self._arguments = server_arguments()
+        check_model(self._arguments)
+        self._weights = WeightWatch(self._settings.weights_revision)
+        self._refused = False
         self._kept: KeptPages | None = None
         self._pages: HostPages | None = None
         self._page_tokens = 0
@@ -139,7 +144,8 @@ class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untype
     ) -> int:
         """Return how many leading pages can be loaded; those below the host are staged first."""
         del extra_info
-        return self._kept.find(page_digests(keys)) if self._kept else 0
+        kept = self._usable()
+        return kept.find(page_digests(keys)) if kept else 0
 
     def batch_get_v1(
         self,
@@ -153,8 +159,9 @@ class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untype
         numbers = self._numbers(keys, host_indices)
         digests = page_digests(keys)
         loaded = 0
-        if numbers is not None and self._kept and self._pages:
-            loaded = self._kept.load(digests, self._pages, numbers[: len(digests)])
+        kept = self._usable()
+        if numbers is not None and kept and self._pages:
+            loaded = kept.load(digests, self._pages, numbers[: len(digests)])
         self._note(self._metrics.prefetch_pgs, self._metrics.prefetch_bandwidth, loaded, began)
         return [place < loaded for place in range(len(keys))]
 
@@ -228,10 +235,11 @@ class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untype
         del target_sizes
         nothing: list[torch.Tensor | None] = [None] * len(keys)
         targets = _flat_bytes(target_locations, len(keys), self._block_bytes)
-        if targets is None or self._kept is None:
+        kept = self._usable()
+        if targets is None or kept is None:
             return nothing
         digests = page_digests(keys)
-        loaded = self._kept.load(digests, FlatPages(targets), range(len(digests)))
+        loaded = kept.load(digests, FlatPages(targets), range(len(digests)))
         return [*target_locations[:loaded], *nothing[loaded:]]
 
     def set(
@@ -273,6 +281,18 @@ class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untype
 
     # -- private -------------------------------------------------------------------------------
 
+    def _usable(self) -> KeptPages | None:
+        """Return what is kept of the weights at hand; None while detached, or if they changed."""
+        if not self._weights.changed:
+            return self._kept
+        if not self._refused:
+            self._refused = True
+            log.warning(
+                "the engine's weights were updated: kvstrata is idle, since what it keeps belongs "
+                "to the old ones; detach it, and attach it with another weights_revision"
+            )
+        return None
+
     def _save(
         self,
         keys: Sequence[str],
@@ -285,12 +305,12 @@ class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untype
             return [True] * len(keys)
         began = time.perf_counter()
         digests = page_digests(keys)
-        kept: list[bool] = []
-        if self._kept:
+        saved: list[bool] = []
+        if kept := self._usable():
             parent = _parent(extra_info)
-            kept = self._kept.save(digests, parent, source, numbers[: len(digests)])
-        self._note(self._metrics.backup_pgs, self._metrics.backup_bandwidth, sum(kept), began)
-        return [*kept, *([False] * (len(keys) - len(kept)))]
+            saved = kept.save(digests, parent, source, numbers[: len(digests)])
+        self._note(self._metrics.backup_pgs, self._metrics.backup_bandwidth, sum(saved), began)
+        return [*saved, *([False] * (len(keys) - len(saved)))]
 
     def _numbers(self, keys: Sequence[str], host_indices: Any) -> list[int] | None:
         """Return the host page of each key; None, and say why, if they do not fit the pool."""
