@@ -1,0 +1,174 @@
+"""One vLLM of `engines.py`, in a process of its own: JSON lines in, JSON lines out.
+
+    python vllm_child.py ORDERS_FD ANSWERS_FD ARGUMENTS_JSON
+
+Arguments: `model` (a folder), `way` (see `transfer_config`), `folder`, `address`, `context_tokens`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    OMP_NUM_THREADS="1",  # the other core is the daemon's, the copying threads' and the disk's
+    HF_HUB_OFFLINE="1",
+    LMCACHE_TRACK_USAGE="false",
+)
+# A script's own folder comes first on the path, and this one has files named like packages.
+sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(__file__).parent]
+
+BLOCK_TOKENS = 64
+PAGE_TOKENS = 32
+HOST_BYTES = 1 << 30
+
+
+def transfer_config(way: str, folder: str, address: str) -> dict[str, Any] | None:
+    """Return what `way` adds to vLLM's configuration; None for a vLLM alone."""
+    if way == "alone":
+        return None
+    if way == "kvstrata":
+        return {
+            "kv_connector": "KvstrataConnector",
+            "kv_connector_module_path": "kvstrata.connectors.vllm",
+            "kv_connector_extra_config": {
+                "tiers": f"host:{HOST_BYTES},disk:{folder}:4GiB",
+                "block_tokens": BLOCK_TOKENS,
+            },
+        }
+    if way == "tiering":  # vLLM's own, with its file system tier; it has no CPU platform itself
+        return {
+            "kv_connector": "OffloadingConnector",
+            "kv_connector_extra_config": {
+                "spec_name": "CpuTieringSpec",
+                "spec_module_path": "vllm_tiering",
+                "cpu_bytes_to_use": HOST_BYTES,
+                "blocks_per_chunk": 1,
+                "secondary_tiers": [{"type": "fs", "root_dir": folder}],
+            },
+        }
+    host, _, port = address.rpartition(":")
+    return {
+        "kv_connector": "LMCacheMPConnector",
+        "kv_connector_extra_config": {"lmcache.mp.host": host, "lmcache.mp.port": int(port)},
+    }
+
+
+def make_engine(arguments: dict[str, Any]) -> Any:
+    """Return a vLLM."""
+    if arguments["way"] == "tiering":
+        sys.path.append(str(Path(__file__).parent / "peers"))
+    if arguments["way"] == "lmcache":
+        _let_numba_be()
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+
+    added = transfer_config(arguments["way"], arguments["folder"], arguments["address"])
+    return LLM(
+        arguments["model"],
+        enforce_eager=True,
+        dtype="float32",
+        block_size=PAGE_TOKENS,
+        max_model_len=arguments["context_tokens"],
+        max_num_seqs=8,
+        max_num_batched_tokens=arguments["context_tokens"],
+        kv_cache_memory_bytes=arguments["cache_bytes"],
+        skip_tokenizer_init=True,
+        kv_transfer_config=added and KVTransferConfig(kv_role="kv_both", **added),
+    )
+
+
+def _let_numba_be() -> None:
+    """Let vLLM's dispatcher pass over what numba, which LMCache imports, put into modules."""
+    import builtins
+
+    from vllm.triton_utils import dispatcher
+
+    def only_dicts(value: Any) -> Any:
+        found = builtins.vars(value)
+        return found if isinstance(found, dict) else {}
+
+    dispatcher.vars = only_dicts  # type: ignore[attr-defined]
+
+
+def ask(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
+    """Answer all prompts greedily, and say how long that took."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=order["max_tokens"],
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=order.get("extra"),
+    )
+    inputs = [{"prompt_token_ids": prompt} for prompt in order["prompts"]]
+    began = time.perf_counter()
+    outputs = llm.generate(inputs, sampling, use_tqdm=False)
+    took = time.perf_counter() - began
+    return {
+        "seconds": took,
+        "tokens": [list(each.outputs[0].token_ids) for each in outputs],
+        "cached": [each.num_cached_tokens or 0 for each in outputs],
+    }
+
+
+def settle(llm: Any, way: str) -> None:
+    """Wait until what was saved is where it is to be."""
+    if way != "kvstrata":
+        for _ in range(20):  # nobody else can be asked
+            time.sleep(0.1)
+            llm.llm_engine.engine_core.engine_core.step()
+        return
+    from kvstrata.runtime.admin import AdminClient
+
+    connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
+    with AdminClient(connector.daemon_address) as admin:
+        admin.wait_idle(60.0)
+
+
+def forget(llm: Any) -> None:
+    """Empty vLLM's own cache; a connector tells in a step of its own that it let pages go."""
+    deadline = time.monotonic() + 60
+    while not llm.reset_prefix_cache():
+        assert time.monotonic() < deadline, "vLLM's cache does not come to rest"
+        time.sleep(0.05)
+        llm.llm_engine.engine_core.engine_core.step()
+
+
+def main() -> None:
+    """Start, say so, and serve until the orders end."""
+    orders, answers = os.fdopen(int(sys.argv[1])), os.fdopen(int(sys.argv[2]), "w")
+    arguments = json.loads(sys.argv[3])
+    llm = make_engine(arguments)
+    answers.write('"started"\n')
+    answers.flush()
+    for line in orders:
+        order = json.loads(line)
+        answer: Any = True
+        if order["do"] == "ask":
+            answer = ask(llm, order)
+        elif order["do"] == "settle":
+            settle(llm, arguments["way"])
+        else:
+            forget(llm)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    llm.llm_engine.engine_core.shutdown()
+    engine = llm.llm_engine.vllm_config.kv_transfer_config
+    if arguments["way"] == "tiering":  # vLLM leaves its host region behind
+        Path(f"/dev/shm/vllm_offload_{engine.engine_id}.mmap").unlink(  # noqa: S108  # its name
+            missing_ok=True
+        )
+
+
+if __name__ == "__main__":
+    main()
