@@ -160,24 +160,30 @@ class _Opened(NamedTuple):
     told: threading.Event
 
 
-def _choose(pair: Pair, candidates: list[Candidate]) -> Choice:
-    best: Candidate | None = None
-    for each in filter(lambda candidate: candidate.usable, candidates):
-        if best is None or (each.gb_per_s or 0) > _MARGIN * (best.gb_per_s or 0):
+def better(candidates: Iterable[Candidate]) -> tuple[str | None, str]:
+    """Return the best of what was tried and why: an earlier one unless another is clearly faster.
+
+    The name is None if none is usable.
+    """
+    usable = [each for each in candidates if each.usable]
+    if not usable:
+        return None, "no backend here moves this"
+    best = usable[0]
+    for each in usable:
+        if (each.gb_per_s or 0) > _MARGIN * (best.gb_per_s or 0):
             best = each
-    if best is None:
-        reason = "no backend here moves this"
-    elif best.gb_per_s is None:
-        reason = f"{best.name} declares it; it cannot be tried without a peer"
-    else:
-        usable = [each for each in candidates if each.usable]
-        others = ", ".join(each.why for each in usable if each is not best)
-        reason = best.why
-        if others and best is usable[0]:
-            reason += f", kept unless another is {_MARGIN - 1:.0%} faster: {others}"
-        elif others:
-            reason += f", clearly more than the others: {others}"
-    return Choice(pair, best.name if best else None, reason, tuple(candidates))
+    if best.gb_per_s is None:
+        return best.name, f"{best.name} declares it; it cannot be tried without a peer"
+    reason, others = best.why, ", ".join(each.why for each in usable if each is not best)
+    if others and best is usable[0]:
+        reason += f", kept unless another is {_MARGIN - 1:.0%} faster: {others}"
+    elif others:
+        reason += f", clearly more than the others: {others}"
+    return best.name, reason
+
+
+def _choose(pair: Pair, candidates: list[Candidate]) -> Choice:
+    return Choice(pair, *better(candidates), tuple(candidates))
 
 
 def _race(opened: Mapping[str, _Opened], pair: Pair, directory: Path | None) -> list[Candidate]:
