@@ -12,7 +12,7 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -146,17 +146,18 @@ def choose_mover(
     and falls back to ours; without a directory there is nothing to compare.
     """
     if setting == OWN:
-        return MoverChoice(OWN, setting, "the setting says so")
+        return MoverChoice(OWN, setting, "it is the setting")
     if setting != AUTO:
-        (found,) = try_movers([setting], directory, limits, progress, turns_max=1)
+        places = [directory, None] if directory else [None]  # a full disk has no room for a trial
+        (found,) = try_movers([setting], places, limits, progress, turns_max=1)
         if not found.usable:
             raise ConfigError(f"backend: {found.why}", hint=found.remedy or _REMEDY)
-        return MoverChoice(setting, setting, "the setting says so", (found,))
+        return MoverChoice(setting, setting, "it is the setting", (found,))
     if directory is None:
         return MoverChoice(OWN, setting, "there is no directory of a disk tier to try others in")
     if not (others := [name for name in mover_names() if name != OWN and installed(name)]):
         return MoverChoice(OWN, setting, "no other is installed")
-    choice = decide(setting, try_movers([OWN, *others], directory, limits, progress))
+    choice = decide(setting, try_movers([OWN, *others], [directory], limits, progress))
     return choice if choice.name else replace(choice, name=OWN)
 
 
@@ -166,16 +167,14 @@ def decide(setting: str, candidates: Iterable[Candidate]) -> MoverChoice:
     best, reason = better(tried)
     if setting == AUTO:
         return MoverChoice(best, setting, reason, tried)
-    found = next((each for each in tried if each.name == setting), None)
-    works = found is not None and found.usable
-    said = found.why if found else "unknown"
-    reason = f"the setting says so ({said}); auto would take {best or 'none'}: {reason}"
+    works = any(each.usable for each in tried if each.name == setting)
+    reason = f"{setting} is the setting; auto would take {best or 'none'}: {reason}"
     return MoverChoice(setting if works else None, setting, reason, tried)
 
 
 def try_movers(
     names: Iterable[str],
-    directory: Path | None,
+    places: Sequence[Path | None],
     limits: Limits,
     progress: Callable[[str], None] = lambda _: None,
     *,
@@ -183,7 +182,8 @@ def try_movers(
 ) -> list[Candidate]:
     """Let movers take turns at writing and reading 16 blocks of 1 MiB; say what came of each.
 
-    In `directory`, or where temporary files go. Nobody begins another turn after `_BUDGET_S`.
+    In the first of these directories that has room; None is where temporary files go. Nobody
+    begins another turn after `_BUDGET_S`.
     """
     with contextlib.ExitStack() as opened:
         trials: dict[str, _Trial] = {}
@@ -192,7 +192,7 @@ def try_movers(
             progress(f"trying backend {name} between memory and files")
             try:
                 trials[name] = opened.enter_context(
-                    contextlib.closing(_Trial(name, directory, limits))
+                    contextlib.closing(_Trial(name, places, limits))
                 )
             except ConfigError as error:
                 failed[name] = error
@@ -216,7 +216,7 @@ def try_movers(
 class _Trial:
     """One mover under an executor, over a slab and an arena that nobody else has."""
 
-    def __init__(self, name: str, directory: Path | None, limits: Limits) -> None:
+    def __init__(self, name: str, places: Sequence[Path | None], limits: Limits) -> None:
         """Raises ConfigError if the mover cannot be made or the slab not be laid down."""
         self._name = name
         self._news = threading.Semaphore(0)
@@ -227,7 +227,7 @@ class _Trial:
             opened.callback(mover.close)
             self._arena = Arena.create(2 * _BLOCKS * (_BLOCK_BYTES + 8) + 3 * PAGE_BYTES, _LAYOUT)
             opened.callback(self._arena.close)
-            self._slab = _open_slab(name, directory)
+            self._slab = _open_slab(name, places)
             opened.callback(self._slab.close)
             self._executor = Executor(
                 self._arena,
@@ -322,15 +322,18 @@ def _check(done: JobDone, seals: list[bytes]) -> None:
         raise TransferError("other bytes came back than it had written", retryable=False)
 
 
-def _open_slab(name: str, directory: Path | None) -> Slab:
+def _open_slab(name: str, places: Sequence[Path | None]) -> Slab:
     """Return a slab that has no name any more: it is gone however this process ends."""
     capacity = _BLOCKS * (_BLOCK_BYTES + ENTRY_BYTES) + 3 * PAGE_BYTES
-    try:
-        with tempfile.TemporaryDirectory(prefix=".kvstrata-trial-", dir=directory) as folder:
-            return Slab.open(folder, capacity, _LAYOUT)
-    except (OSError, KvstrataError) as error:  # not the backend's fault
-        raise ConfigError(
-            f"{name}: cannot be tried with files: {error}",
-            hint=f"check that {directory or tempfile.gettempdir()} can be written to and has "
-            "16 MiB left",
-        ) from error
+    errors: list[str] = []
+    for place in places:
+        try:
+            with tempfile.TemporaryDirectory(prefix=".kvstrata-trial-", dir=place) as folder:
+                return Slab.open(folder, capacity, _LAYOUT)
+        except (OSError, KvstrataError) as error:  # not the backend's fault
+            errors.append(str(error))
+    where = " or ".join(str(place or tempfile.gettempdir()) for place in places)
+    raise ConfigError(
+        f"{name}: cannot be tried with files: {'; '.join(errors)}",
+        hint=f"check that {where} can be written to and has 16 MiB left",
+    )
