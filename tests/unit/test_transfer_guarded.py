@@ -75,9 +75,7 @@ def puppet():
 @pytest.fixture
 def fence(puppet):
     """A fence with short limits around the puppet."""
-    made = GuardedBackend(
-        puppet, PosixBackend(), name="puppet", stall_s=0.05, close_timeout_s=0.1
-    )
+    made = GuardedBackend(puppet, PosixBackend(), name="puppet", stall_s=0.05, close_timeout_s=0.1)
     yield made
     made.close()
 
