@@ -142,7 +142,7 @@ def test_a_restart_finds_them_whoever_wrote_them(start, connect, make_blocks, ba
 
 
 @BOTH
-@pytest.mark.parametrize("bad", [0, 3, 5])
+@pytest.mark.parametrize("bad", [0, 3])
 def test_a_flipped_bit_is_never_served(start, connect, make_blocks, tier, backend, bad):
     client = connect(address=start(backend).address)
     tokens, blocks = stored(client, make_blocks)
@@ -159,7 +159,7 @@ def test_a_flipped_bit_is_never_served(start, connect, make_blocks, tier, backen
 
 
 @BOTH
-@pytest.mark.parametrize("writes", [20, 300])
+@pytest.mark.parametrize("writes", [100])
 def test_killed_while_writing(start, connect, backend, writes):
     daemon = start(backend)
     command = [sys.executable, "-c", WRITER, daemon.address]
@@ -203,7 +203,10 @@ def test_it_fails_at_run_time(start, connect, make_blocks, orders):
     assert daemon.end() == 0
     (orders / "fail").unlink()
     again = connect(address=start("plain").address)
-    assert again.get(tokens).tobytes() == blocks[: len(again.get(tokens))].tobytes()
+    got = again.get(tokens)
+    assert got.tobytes() == blocks[: len(got)].tobytes()
+    stored(again, make_blocks)
+    assert again.get(tokens).tobytes() == blocks.tobytes(), "the disk is used again"
 
 
 @pytest.mark.nixl
@@ -291,12 +294,12 @@ def test_doctor_and_stats_say_the_same(start, command, vendor, tier):
     shown = command("stats", "--address", daemon.address, **vendor).stdout
     assert "between host and disk blocks move by plain: it is the setting" in shown
     arguments = ["doctor", "--json", "--directory", str(tier)]
-    for setting, name in (({"KVSTRATA_BACKEND": "plain"}, "plain"), ({}, "posix")):
-        done = command(*arguments, **vendor, **setting)
-        assert done.returncode == 0, done.stderr
-        found = {tuple(each["pair"]): each for each in json.loads(done.stdout)["choices"]}
-        for pair in (("memory", "file"), ("file", "memory")):
-            assert found[pair]["name"] == name
-            tried = {each["name"]: each for each in found[pair]["candidates"]}
-            assert tried["plain"]["usable"]
-            assert not tried["idle"]["usable"]
+    done = command(*arguments, **vendor, KVSTRATA_BACKEND="plain")
+    assert done.returncode == 0, done.stderr
+    found = {tuple(each["pair"]): each for each in json.loads(done.stdout)["choices"]}
+    for pair in (("memory", "file"), ("file", "memory")):
+        assert found[pair]["name"] == "plain"
+        assert found[pair]["reason"].startswith("plain is the setting; auto would take ")
+        tried = {each["name"]: each for each in found[pair]["candidates"]}
+        assert tried["plain"]["usable"]
+        assert not tried["idle"]["usable"]

@@ -49,6 +49,7 @@ __all__ = [
     "check_mover",
     "choose_mover",
     "decide",
+    "installed",
     "make_mover",
     "mover_names",
     "try_movers",
