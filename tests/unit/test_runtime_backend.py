@@ -269,6 +269,19 @@ def test_bytes_that_come_late_land_in_no_slot_that_is_used_again(
     assert client.get(tokens).tobytes() == blocks.tobytes()
 
 
+def test_a_daemon_ends_though_its_mover_does_not(start, connect, make_blocks, orders):
+    daemon = start("plain", "--staging-timeout-s", "0.3")
+    client = connect(address=daemon.address)
+    tokens, _ = stored(client, make_blocks)
+    (orders / "hang").touch()
+    assert len(client.get(tokens)) == 0
+    client.close()
+    began = time.monotonic()
+    assert daemon.end() == 0
+    assert time.monotonic() - began < 9
+    assert any("plain did not end" in line for line in daemon.lines)
+
+
 @pytest.mark.parametrize(
     ("backend", "words"),
     [
