@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import random
@@ -253,19 +254,19 @@ class TestWhatHangs:
         mapped = mmap.mmap(-1, LENGTH)
         view = memoryview(mapped)
         view[:] = pattern
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         fence = GuardedBackend(puppet, PosixBackend(), name="puppet", close_timeout_s=0.05)
         read(fence, file, MemoryRegion(view, page_aligned=True))
         puppet.hang.clear()
         fence.close()
         (done,) = fence.poll()
         assert (done.outcome, done.failed_ops) == (CANCELLED, tuple(range(PAGES)))
-        _, _, given, target = puppet.given[0]
+        given = puppet.given[0][2]
         puppet.given.clear()  # a driver knows an address, which keeps nothing
-        with pytest.raises(BufferError):
-            view.release()
+        view.release()
         with pytest.raises(BufferError):
             mapped.close()
-        target.view[:4] = b"late"  # no crash: it is still mapped
+        ctypes.memmove(address, b"late", 4)  # no crash: it is still mapped
         other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
         assert os.fstat(given.descriptor).st_ino == os.fstat(file.descriptor).st_ino
         assert given.descriptor not in {other, file.descriptor}
