@@ -258,8 +258,10 @@ class TestWhatHangs:
         fence = GuardedBackend(puppet, PosixBackend(), name="puppet", close_timeout_s=0.05)
         read(fence, file, MemoryRegion(view, page_aligned=True))
         puppet.hang.clear()
+        puppet.raises = {"poll": AssertionError("asked while it closes")}
         fence.close()
         (done,) = fence.poll()
+        assert not fence.statistics()["left_alone"], "it was not asked again"
         assert (done.outcome, done.failed_ops) == (CANCELLED, tuple(range(PAGES)))
         given = puppet.given[0][2]
         puppet.given.clear()  # a driver knows an address, which keeps nothing

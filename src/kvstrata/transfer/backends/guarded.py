@@ -126,8 +126,9 @@ class GuardedBackend:
 
     def poll(self) -> list[Completion]:
         """Return the completions since the last poll."""
-        self._take(self._ours, inside=False)
-        self._take(self._inner, inside=True)
+        if not self._closed:  # `close` took the rest
+            self._take(self._ours, inside=False)
+            self._take(self._inner, inside=True)
         for part in [self._waiting.popleft() for _ in range(len(self._waiting))]:
             self._offer(part)
         ready, self._ready = self._ready, []
@@ -166,7 +167,8 @@ class GuardedBackend:
         self._ours.close()
         ended = self._close_inner()
         self._take(self._ours, inside=False)
-        self._take(self._inner, inside=True)
+        if ended:  # else it may hold a lock of its own, for which its `poll` would wait
+            self._take(self._inner, inside=True)
         if ended and not self._parts:
             for file in self._files.values():
                 os.close(file.descriptor)
