@@ -81,9 +81,10 @@ def test_a_directory_that_is_not_there(tmp_path):
 
 def test_the_status_says_whether_a_node_could_work(monkeypatch, capsys):
     lost = Choice(("memory", "file"), None, "no backend here moves this", ())
-    monkeypatch.setattr(doctor, "choose", lambda **_: [lost])
+    monkeypatch.setattr(doctor, "choose", lambda **_: [])
+    monkeypatch.setattr(doctor, "_file_choices", lambda *_: [lost])
     monkeypatch.setattr(doctor, "probe_plugins", lambda **_: [])
-    assert doctor.run_doctor(None, as_json=True) == 1
+    assert doctor.run_doctor(None, "posix", as_json=True) == 1
     assert json.loads(capsys.readouterr().out)["choices"][0]["name"] is None
 
 

@@ -16,9 +16,12 @@ from kvstrata.storage.arena import Arena
 from kvstrata.storage.base import StoredBlock
 from kvstrata.storage.seal import seal
 from kvstrata.storage.slab import Slab
+from kvstrata.testing.movers import PlainMover
+from kvstrata.transfer.backends.guarded import GuardedBackend
 from kvstrata.transfer.backends.posix import PosixBackend
 from kvstrata.transfer.base import EraseJob, JobDone, ReadJob, SealJob, WriteJob
 from kvstrata.transfer.executor import Executor
+from kvstrata.transfer.mover import make_mover
 
 CAPACITY = 256 << 10
 KEYS = tuple(SequenceHash(bytes([number]) * 16) for number in range(1, 9))
@@ -83,9 +86,24 @@ LAYOUTS = {
 }
 
 
+def _plain(notify=lambda: None):
+    return GuardedBackend(PlainMover(threads=2, notify=notify), PosixBackend(), name="plain")
+
+
+def _nixl(notify=lambda: None):
+    return make_mover("nixl", Limits(), notify=notify)
+
+
+@pytest.fixture(params=[None, _plain, pytest.param(_nixl, marks=pytest.mark.nixl)],
+                ids=["posix", "plain", "nixl"])  # fmt: skip
+def make_a_mover(request):
+    """Ours, which seals on the way, and two that have it done in a stage of their own."""
+    return request.param
+
+
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
-def world(request, tmp_path):
-    made = World(str(tmp_path), request.param)
+def world(request, make_a_mover, tmp_path):
+    made = World(str(tmp_path), request.param, make_a_mover and make_a_mover())
     yield made
     made.close()
 
@@ -311,7 +329,85 @@ class TestRead:
         done = run(world.executor, read_job((0, last), (2, 4)))[2]
         assert done.ok == (True, False)
         assert done.checksums[0] == seals[0]
-        assert "ended" in done.reason
+        assert done.reason
+
+
+class TestStages:
+    """A mover that does not seal: what it moves is sealed before it is written, after it is read.
+
+    Its gate lets one op through at a time, so what lies between two stages can be changed.
+    """
+
+    @pytest.fixture
+    def staged(self, tmp_path):
+        class Gated(PlainMover):
+            def move(self, op, source, target):
+                begun.release()
+                assert gate.acquire(timeout=10)
+                super().move(op, source, target)
+
+        gate, begun = threading.Semaphore(0), threading.Semaphore(0)
+        inner = Gated()
+        made = World(
+            str(tmp_path),
+            LAYOUTS["gapless"],
+            GuardedBackend(inner, PosixBackend(), name="gated", close_timeout_s=0.2),
+        )
+        made.gate, made.begun = gate, begun
+        yield made
+        gate.release(1000)
+        made.close()
+
+    def test_a_read_is_sealed_after_it_arrived(self, staged, run):
+        seals = staged.fill(0)
+        staged.gate.release(1000)
+        run(staged.executor, write_job((0,), (4,), seals))
+        while staged.gate.acquire(blocking=False):
+            pass
+        assert staged.executor.try_submit(read_job((4,), (1,)))
+        staged.arena.slot(1)[:] = bytes(staged.layout.block_bytes)
+        staged.gate.release(1000)
+        assert run(staged.executor)[2] == JobDone(2, (True,), seals)
+
+    def test_what_did_not_arrive_has_no_seal(self, staged, run):
+        """Its slot may still hold the very block that was asked for."""
+        seals = staged.fill(0, 2)
+        last = staged.slab.grid.slots - 1
+        staged.gate.release(1000)
+        run(staged.executor, write_job((0, 2), (0, last), seals))
+        os.ftruncate(staged.slab.region.descriptor, staged.slab.grid.offset(last))
+        done = run(staged.executor, read_job((0, last), (0, 2)))[2]
+        assert (done.ok, done.checksums) == ((True, False), (seals[0], b""))
+
+    def test_a_cancelled_read_ends_when_the_mover_says_so(self, staged, run, eventually):
+        """Until then its host slots are nobody's: bytes may still arrive."""
+        seals = staged.fill(0, 2)
+        staged.gate.release(1000)
+        run(staged.executor, write_job((0, 2), (0, 2), seals))
+        while staged.gate.acquire(blocking=False):
+            pass
+        while staged.begun.acquire(blocking=False):
+            pass
+        assert staged.executor.try_submit(read_job((0, 2), (4, 6)))
+        assert staged.begun.acquire(timeout=10)
+        staged.executor.cancel(TransferId(2))
+        assert staged.executor.poll() == []
+        assert staged.executor.running == 1
+        before = bytes(staged.arena.slot(4))
+        staged.gate.release(1000)
+        (done,) = eventually(staged.executor.poll)
+        assert done.ok == (False, False)
+        assert before != bytes(staged.arena.slot(4)), "late bytes came, and before its end"
+
+    def test_close_in_mid_read_ends_and_frees_nothing_that_is_written_to(self, staged):
+        assert staged.executor.try_submit(read_job((0, 2), (4, 6)))
+        assert staged.begun.acquire(timeout=10)
+        staged.executor.close()
+        staged.arena.close()
+        (done,) = staged.executor.poll()
+        assert done.ok == (False, False)
+        assert "closed in mid-transfer" in done.reason
+        staged.gate.release(1000)  # and the late bytes crash nobody
 
 
 class TestErase:
@@ -397,10 +493,15 @@ class TestBounds:
         assert not closer.is_alive()
         assert gated.mover.poll() != []
 
-    def test_poll_after_close_ends_what_was_between_two_stages(self, world):
+    def test_poll_after_close_ends_what_was_between_two_stages(self, world, make_a_mover):
         told = threading.Semaphore(0)
         executor = Executor(
-            world.arena, {DISK: world.slab}, world.layout.fingerprint, Limits(), notify=told.release
+            world.arena,
+            {DISK: world.slab},
+            world.layout.fingerprint,
+            Limits(),
+            notify=told.release,
+            mover=make_a_mover and make_a_mover(told.release),
         )
         assert executor.try_submit(write_job((0,), (0,), world.fill(0)))
         sealed = told.acquire(timeout=10)

@@ -160,17 +160,3 @@ def test_the_earlier_one_is_kept_unless_another_is_clearly_faster(speeds, best):
     choice = registry._choose(("memory", "memory"), _candidates(**speeds))
     assert choice.name == best
     assert choice.reason.startswith(best)
-
-
-def test_files_are_tried_where_they_will_be(tmp_path):
-    progress = []
-    choices = choose([("memory", "file")], directory=tmp_path, progress=progress.append)
-    assert choices[0].name in {"posix", "nixl"}
-    assert list(tmp_path.iterdir()) == []
-    assert progress[:2] == ["trying backend memcpy", "trying backend posix"]
-
-
-def test_a_directory_that_cannot_be_written_is_told(tmp_path):
-    (choice,) = choose([("memory", "file")], directory=tmp_path / "none")
-    assert choice.name is None
-    assert all("none" in each.remedy for each in choice.candidates if each.name != "nixl")

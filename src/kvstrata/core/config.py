@@ -14,6 +14,7 @@ from kvstrata.core.tenants import TENANT_NAME_MAX, Guarantee, TenantConfig, chec
 from kvstrata.core.tier import Admission, TierKind, TierName
 
 __all__ = [
+    "BACKEND_DEFAULT",
     "BLOCK_TOKENS_DEFAULT",
     "BYPASS_BYTES",
     "NO_CODEC",
@@ -33,6 +34,8 @@ BLOCK_TOKENS_DEFAULT: Final = 64
 """Tokens in one block, and the hash granularity that engines must share to share blocks."""
 NO_CODEC: Final = "none"
 """The codec chain of a tier whose blocks are stored as they are."""
+BACKEND_DEFAULT: Final = "posix"
+"""What moves blocks between host and disk if nobody says otherwise: our threads."""
 BYPASS_BYTES: Final = 256 << 20
 """Size of a host tier that nobody asked for, where blocks wait on their way to lower tiers."""
 
@@ -193,6 +196,8 @@ class NodeConfig:
     """Whether a client may learn that a prompt is stored under a salt that is not its own."""
     host_memory: HostMemoryConfig = HostMemoryConfig()
     """How the host tier's memory is taken."""
+    backend: str = BACKEND_DEFAULT
+    """What moves blocks between host and disk: a backend's name, or `auto` to try all."""
 
     def __post_init__(self) -> None:
         sizes = [tier.capacity_bytes for tier in self.tiers]

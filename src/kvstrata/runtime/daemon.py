@@ -29,6 +29,7 @@ from kvstrata.storage.footing import check_place
 from kvstrata.storage.hostmemory import HostMemory
 from kvstrata.storage.memory import check_host_size
 from kvstrata.storage.opening import check_keyed
+from kvstrata.transfer.mover import check_mover
 
 __all__ = ["PrivateOrder", "ReadyLine", "check", "main", "serve"]
 
@@ -58,12 +59,13 @@ class ReadyLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def check(config: NodeConfig) -> None:
-    """Raise ConfigError for a policy or tiers that cannot work whatever the blocks' layout is.
+    """Raise ConfigError for what cannot work whatever the blocks' layout is.
 
     The layout is known only when the first client connects; an operator should not have to wait
     for that to learn of a wrong size or directory.
     """
     make_policy(config.policy)
+    check_mover(config.backend)
     limits = config.limits
     if not (0.0 <= limits.cost_margin < math.inf and limits.cost_probe_interval_s >= 0.0):
         raise ConfigError(

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any
 
-from kvstrata.core.config import Limits, NodeConfig, tier_names
+from kvstrata.core.config import BACKEND_DEFAULT, Limits, NodeConfig, tier_names
 from kvstrata.core.errors import CallRefusedError
 from kvstrata.core.ids import SequenceHash
 from kvstrata.core.tier import HOST, TierName
@@ -24,8 +24,10 @@ from kvstrata.storage.keyed import KeyedStore
 from kvstrata.storage.opening import keyed_slots, open_keyed
 from kvstrata.storage.slab import Slab, without_collector
 from kvstrata.storage.stripe import Stripe, open_slab
+from kvstrata.transfer.backends.guarded import GuardedBackend
 from kvstrata.transfer.base import Job
 from kvstrata.transfer.executor import Executor
+from kvstrata.transfer.mover import make_mover
 
 __all__ = ["Node"]
 
@@ -40,10 +42,12 @@ class Node:
         notify: Callable[[], None],
         secret: bytes | None = None,
         memory: HostMemory | None = None,
+        mover: str | None = None,
     ) -> None:
         """Open the stores for `layout`; raises ConfigError and leaves nothing open.
 
-        The arena lies in `memory` if given, which stays the caller's to close.
+        The arena lies in `memory` if given, which stays the caller's to close. `mover` names the
+        backend between host and disk; left out, it is our threads.
         What slabs hold is known from then on; keyed tiers are listed in the background.
         """
         self.layout = layout
@@ -71,12 +75,15 @@ class Node:
                 config, layout, stores, self.arena, self.manager, secret, notify=notify
             )
             opened.callback(self._keyed.close)
+            self._mover = make_mover(mover or BACKEND_DEFAULT, config.limits, notify=notify)
+            opened.callback(self._mover.close)
             self._executor = Executor(
                 self.arena,
                 self._slabs,
                 layout.fingerprint,
                 config.limits,
                 notify=notify,
+                mover=self._mover,
                 keyed=self._keyed.movers,
             )
             opened.pop_all()
@@ -211,6 +218,11 @@ class Node:
                 for tier in self._lower
             },
         }
+
+    def mover_statistics(self) -> dict[str, Any]:
+        """Return what a mover that is not ours did; nothing of our threads."""
+        mover = self._mover
+        return mover.statistics() if isinstance(mover, GuardedBackend) else {}
 
     def _host_statistics(self) -> dict[str, Any]:
         hits = self.manager.counters.hit_blocks_host

@@ -13,6 +13,7 @@ import secrets
 import select
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -26,9 +27,11 @@ from kvstrata.runtime.addresses import check_address, socket_path
 from kvstrata.runtime.node import Node
 from kvstrata.runtime.process import ProcessWatch
 from kvstrata.runtime.secret import node_secret
+from kvstrata.storage.footing import is_device
 from kvstrata.storage.hostmemory import HostMemory
 from kvstrata.tokens.family import family_key
 from kvstrata.tokens.namespace import namespace_tag
+from kvstrata.transfer.mover import choose_mover
 
 __all__ = ["NodeServer"]
 
@@ -75,6 +78,7 @@ class NodeServer:
         """
         self.address = check_address(address)
         self._config = config
+        self._mover = choose_mover(config.backend, _disk_directory(config), config.limits)
         self._secret = node_secret(config)
         self._own_memory = (
             None if memory else HostMemory.take(config.host.capacity_bytes, config.host_memory)
@@ -340,7 +344,9 @@ class NodeServer:
         if caller.ended():
             raise CallRefusedError(f"processes: process {caller.pid} is not running")
         if self._node is None:
-            self._node = Node(self._config, call.layout, self.wake, self._secret, self._memory)
+            self._node = Node(
+                self._config, call.layout, self.wake, self._secret, self._memory, self._mover.name
+            )
         elif self._node.layout != call.layout:
             raise ConfigError(
                 f"layout: this daemon holds blocks of {self._node.layout.describe()}, the client "
@@ -393,6 +399,18 @@ class NodeServer:
             "sessions": sum(not session.closed for session in self._sessions.values()),
             "malformed_messages": self._malformed,
             "late_calls": self._late_calls,
+            "backend": {
+                "name": self._mover.name,
+                "setting": self._mover.setting,
+                "reason": self._mover.reason,
+                **(self._node.mover_statistics() if self._node else {}),
+            },
             "host_memory": self._memory.statistics() if self._memory else None,
             "node": self._node.statistics() if self._node else None,
         }
+
+
+def _disk_directory(config: NodeConfig) -> Path | None:
+    """Return the first directory of a disk tier; None if there are only devices, or none."""
+    places = (place for tier in config.lower.values() for place in tier.places)
+    return next((Path(place).expanduser() for place in places if not is_device(place)), None)

@@ -75,8 +75,8 @@ class Executor:
     ) -> None:
         """Start the backends; `notify` is called from their threads when there is news.
 
-        `mover` replaces the posix backend, for other backends and for wrappers. Jobs of the tiers
-        in `keyed` go there.
+        `mover` replaces the posix backend, for other backends (`transfer/mover.py`) and for
+        wrappers; the executor closes it. Jobs of the tiers in `keyed` go there.
         """
         self._arena, self._slabs, self._fingerprint = arena, slabs, fingerprint
         self._keyed = dict(keyed)
@@ -186,6 +186,7 @@ class Executor:
         running.ops = [
             CopyOp(grid.offset(slot), 0, grid.block_bytes, index)
             for index, slot in enumerate(job.slots)
+            if running.ok[index]  # what did not arrive has no seal
         ]
         running.seals = [b""] * len(job.slots)
         bindings = tuple(map(self._binding, job.keys))

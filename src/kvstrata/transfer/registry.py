@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from kvstrata.core.errors import ConfigError, TransferError
 from kvstrata.core.ids import TransferId
 from kvstrata.core.plugins import Plugin, check_verbs, find_plugin, load_plugin, plugins, said
-from kvstrata.storage.base import FileRegion, MemoryRegion, Region
+from kvstrata.storage.base import MemoryRegion
 from kvstrata.transfer.backends.memcpy import MemcpyBackend
 from kvstrata.transfer.backends.nixl.backend import NixlBackend
 from kvstrata.transfer.backends.posix import PosixBackend
@@ -35,6 +33,7 @@ __all__ = [
     "MakeBackend",
     "Pair",
     "backend_names",
+    "better",
     "choose",
     "make_backend",
 ]
@@ -62,12 +61,10 @@ SHIPPED: Final[Mapping[str, MakeBackend]] = {
 
 PAIRS: Final[tuple[Pair, ...]] = (
     ("memory", "memory"),
-    ("memory", "file"),
-    ("file", "memory"),
     ("memory", "peer"),
     ("peer", "memory"),
 )
-"""What a node moves."""
+"""What a node moves, files left out: who moves those is found with whole jobs (`mover.py`)."""
 
 _KINDS: Final = frozenset({"memory", "file", "peer", "sealed memory"})
 _DECLARABLE: Final = frozenset((source, target) for source in _KINDS for target in _KINDS)
@@ -128,16 +125,11 @@ def make_backend(name: str, *, notify: Callable[[], None] = lambda: None) -> Tra
 
 
 def choose(
-    pairs: Iterable[Pair] = PAIRS,
-    *,
-    directory: Path | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    pairs: Iterable[Pair] = PAIRS, *, progress: Callable[[str], None] = lambda _: None
 ) -> list[Choice]:
     """Try every backend on every pair that it declares; return the choice for each pair.
 
-    Files are tried in `directory`, or where temporary files go; at most `_PROBE_BYTES` are
-    written, and stay in the system's cache: what is compared is the mover, not the disk. Pairs
-    with a peer are chosen by capability, since there is no peer to try. Takes about a second.
+    Pairs with a peer are chosen by capability, since there is no peer to try. Takes about a second.
     """
     broken: list[Candidate] = []
     opened: dict[str, _Opened] = {}
@@ -149,7 +141,7 @@ def choose(
                 opened[name] = _Opened(make_backend(name, notify=told.set), told)
             except ConfigError as error:
                 broken.append(Candidate(name, usable=False, why=error.message, remedy=error.hint))
-        return [_choose(pair, [*_race(opened, pair, directory), *broken]) for pair in pairs]
+        return [_choose(pair, [*_race(opened, pair), *broken]) for pair in pairs]
     finally:
         for each in opened.values():
             each.backend.close()
@@ -160,48 +152,49 @@ class _Opened(NamedTuple):
     told: threading.Event
 
 
-def _choose(pair: Pair, candidates: list[Candidate]) -> Choice:
-    best: Candidate | None = None
-    for each in filter(lambda candidate: candidate.usable, candidates):
-        if best is None or (each.gb_per_s or 0) > _MARGIN * (best.gb_per_s or 0):
+def better(candidates: Iterable[Candidate]) -> tuple[str | None, str]:
+    """Return the best of what was tried and why: an earlier one unless another is clearly faster.
+
+    The name is None if none is usable.
+    """
+    usable = [each for each in candidates if each.usable]
+    if not usable:
+        return None, "no backend here moves this"
+    best = usable[0]
+    for each in usable:
+        if (each.gb_per_s or 0) > _MARGIN * (best.gb_per_s or 0):
             best = each
-    if best is None:
-        reason = "no backend here moves this"
-    elif best.gb_per_s is None:
-        reason = f"{best.name} declares it; it cannot be tried without a peer"
-    else:
-        usable = [each for each in candidates if each.usable]
-        others = ", ".join(each.why for each in usable if each is not best)
-        reason = best.why
-        if others and best is usable[0]:
-            reason += f", kept unless another is {_MARGIN - 1:.0%} faster: {others}"
-        elif others:
-            reason += f", clearly more than the others: {others}"
-    return Choice(pair, best.name if best else None, reason, tuple(candidates))
+    if best.gb_per_s is None:
+        return best.name, f"{best.name} declares it; it cannot be tried without a peer"
+    reason, others = best.why, ", ".join(each.why for each in usable if each is not best)
+    if others and best is usable[0]:
+        reason += f", kept unless another is {_MARGIN - 1:.0%} faster: {others}"
+    elif others:
+        reason += f", clearly more than the others: {others}"
+    return best.name, reason
 
 
-def _race(opened: Mapping[str, _Opened], pair: Pair, directory: Path | None) -> list[Candidate]:
+def _choose(pair: Pair, candidates: list[Candidate]) -> Choice:
+    return Choice(pair, *better(candidates), tuple(candidates))
+
+
+def _race(opened: Mapping[str, _Opened], pair: Pair) -> list[Candidate]:
     """Try every backend that declares the pair, in turns, so that a busy moment meets all."""
     racing = {name: each for name, each in opened.items() if pair in each.backend.capabilities()}
     if "peer" in pair:
         return [Candidate(name, usable=True, why=f"{name} declares it") for name in racing]
     seconds: dict[str, list[float]] = {name: [] for name in racing}
     failed: dict[str, str] = {}
-    try:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            source, target = (_region(kind, file) for kind in pair)
-            for name in [*racing] * _PROBE_ROUNDS:
-                if name in failed:
-                    continue
-                try:
-                    seconds[name].append(_time_move(racing[name], source, target))
-                except Exception as error:  # noqa: BLE001 - a plug-in may raise anything
-                    failed[name] = str(error)
-    except OSError as error:  # not the backends' fault
-        failed = dict.fromkeys(racing, f"cannot try with files: {error}")
-    remedy = f"check that {directory} can be written to" if directory and "file" in pair else ""
+    source, target = _memory(), _memory()
+    for name in [*racing] * _PROBE_ROUNDS:
+        if name in failed:
+            continue
+        try:
+            seconds[name].append(_time_move(racing[name], source, target))
+        except Exception as error:  # noqa: BLE001 - a plug-in may raise anything
+            failed[name] = str(error)
     return [
-        Candidate(name, usable=False, why=f"{name}: {failed[name]}", remedy=remedy)
+        Candidate(name, usable=False, why=f"{name}: {failed[name]}")
         if name in failed
         else _timed(name, min(seconds[name]))
         for name in racing
@@ -213,17 +206,13 @@ def _timed(name: str, seconds: float) -> Candidate:
     return Candidate(name, usable=True, why=f"{name} moved {speed:.2f} GB/s", gb_per_s=speed)
 
 
-def _region(kind: str, file: IO[bytes]) -> Region:
-    if kind == "memory":
-        view = memoryview(mmap.mmap(-1, _PROBE_BYTES))
-        view[:] = bytes(_PROBE_BYTES)  # pages that are not there yet would be measured too
-        return MemoryRegion(view)
-    file.write(bytes(_PROBE_BYTES))
-    file.flush()
-    return FileRegion(file.fileno())
+def _memory() -> MemoryRegion:
+    view = memoryview(mmap.mmap(-1, _PROBE_BYTES))
+    view[:] = bytes(_PROBE_BYTES)  # pages that are not there yet would be measured too
+    return MemoryRegion(view)
 
 
-def _time_move(opened: _Opened, source: Region, target: Region) -> float:
+def _time_move(opened: _Opened, source: MemoryRegion, target: MemoryRegion) -> float:
     backend, told = opened
     ops = [
         CopyOp(at, at, _PROBE_BLOCK_BYTES, index)

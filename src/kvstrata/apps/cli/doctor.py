@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvstrata.core.config import Limits
 from kvstrata.core.errors import ConfigError
 from kvstrata.core.plugins import find_plugin, load_plugin, plugins
 from kvstrata.policy.registry import ENTRY_POINTS as POLICIES
@@ -26,6 +27,7 @@ from kvstrata.storage.memory import machine_memory_bytes
 from kvstrata.storage.plugged import ENTRY_POINTS as STORES
 from kvstrata.transfer.backends.nixl.binding import INSTALL_HINT, nixl_version
 from kvstrata.transfer.backends.nixl.probe import probe_plugins
+from kvstrata.transfer.mover import check_mover, decide, mover_names, try_movers
 from kvstrata.transfer.registry import ENTRY_POINTS as BACKENDS
 from kvstrata.transfer.registry import Choice, choose
 
@@ -61,9 +63,12 @@ class Finding:
     """What to do; empty if nothing is to be done."""
 
 
-def run_doctor(directory: Path | None, *, as_json: bool) -> int:
-    """Look, print to stdout, and return the exit status: 1 if a node could not work here."""
-    choices = choose(directory=directory, progress=_say)
+def run_doctor(directory: Path | None, backend: str, *, as_json: bool) -> int:
+    """Look, print to stdout, and return the exit status: 1 if a node could not work here.
+
+    `backend` is the daemon's setting for its mover of files.
+    """
+    choices = [*choose(progress=_say), *_file_choices(backend, directory)]
     findings = [
         *_backends(choices),
         *_plugins(_say),
@@ -81,6 +86,15 @@ def run_doctor(directory: Path | None, *, as_json: bool) -> int:
     else:
         _print(findings, choices)
     return int(any(each.pair in _REQUIRED and each.name is None for each in choices))
+
+
+def _file_choices(backend: str, directory: Path | None) -> Iterator[Choice]:
+    """Let every mover do a daemon's jobs in `directory`; one moves both ways."""
+    check_mover(backend)
+    tried = try_movers(mover_names(), [directory], Limits(), _say)
+    choice = decide(backend, tried)
+    for pair in (("memory", "file"), ("file", "memory")):
+        yield Choice(pair, choice.name, choice.reason, choice.candidates)
 
 
 def _say(text: str) -> None:

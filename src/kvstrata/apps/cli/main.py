@@ -15,6 +15,7 @@ import typer
 from kvstrata import __version__
 from kvstrata.apps.cli.settings import ServeSettings
 from kvstrata.apps.cli.tables import print_stats
+from kvstrata.core.config import BACKEND_DEFAULT
 from kvstrata.core.errors import CallRefusedError, ConfigError, DaemonError, KvstrataError
 from kvstrata.runtime.addresses import default_address
 from kvstrata.runtime.admin import AdminClient
@@ -38,6 +39,16 @@ Address = Annotated[
     typer.Option(
         help="Daemon to talk to; left out, the one that `kvstrata serve` runs by default."
     ),
+]
+
+
+Backend = Annotated[
+    str | None,
+    typer.Option(help="Mover to and from disk: posix, nixl, a plug-in's name, or auto."),
+]
+Guarantees = Annotated[
+    list[str] | None,
+    typer.Option(help="Guarantee, may be repeated: NAME=30% or NAME=host:8GiB,disk:100GiB."),
 ]
 
 
@@ -78,6 +89,7 @@ def serve(
     policy: Annotated[
         str | None, typer.Option(help="Eviction policy: lru, arc, lru2, s3fifo, 2q, auto.")
     ] = None,
+    backend: Backend = None,
     address: Annotated[
         str | None, typer.Option(help="Where to listen: an absolute ipc:// path.")
     ] = None,
@@ -90,10 +102,7 @@ def serve(
     offload_priority_min: Annotated[
         int | None, typer.Option(help="Blocks of a lower priority stay in the host.")
     ] = None,
-    tenant: Annotated[
-        list[str] | None,
-        typer.Option(help="Guarantee, may be repeated: NAME=30% or NAME=host:8GiB,disk:100GiB."),
-    ] = None,
+    tenant: Guarantees = None,
     explain_across_salts: Annotated[
         bool | None,
         typer.Option(
@@ -110,6 +119,7 @@ def serve(
     given: dict[str, Any] = {
         "tiers": tiers,
         "policy": policy,
+        "backend": backend,
         "address": address,
         "secret_file": secret_file,
         "staging_timeout_s": staging_timeout_s,
@@ -240,13 +250,20 @@ def doctor(
     directory: Annotated[
         Path | None, typer.Option(help="Where the disk tier is to be; files are tried there.")
     ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            envvar="KVSTRATA_BACKEND",
+            help="The daemon's mover to and from disk, as kvstrata serve takes it.",
+        ),
+    ] = BACKEND_DEFAULT,
     *,
     as_json: AsJson = False,
 ) -> None:
     """Say what works on this machine, what does not and why, and which backends are chosen."""
     from kvstrata.apps.cli.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(directory, as_json=as_json))
+    raise typer.Exit(run_doctor(directory, backend, as_json=as_json))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kvstrata.core.config import (
+    BACKEND_DEFAULT,
     HostMemoryConfig,
     HugePages,
     Limits,
@@ -31,6 +32,8 @@ class ServeSettings(BaseSettings):
     """Tiers, host first: `host:2GiB` or `host:2GiB,disk:/var/kv:20GiB`."""
     policy: str = "lru"
     """Eviction policy of every tier: lru, arc, lru2, s3fifo, 2q, auto, or a plug-in's name."""
+    backend: str = BACKEND_DEFAULT
+    """What moves blocks to and from disk: posix, nixl, a plug-in's name, or auto to try all."""
     address: str = Field(default_factory=default_address)
     """Where to listen: an absolute `ipc://` path."""
     secret_file: Path | None = None
@@ -109,6 +112,7 @@ class ServeSettings(BaseSettings):
             tiers=parse_tiers(self.tiers),
             secret_file=str(self.secret_file) if self.secret_file else None,
             policy=self.policy,
+            backend=self.backend,
             tenants=parse_tenants(self.tenants.split(";")),
             explain_across_salts=self.explain_across_salts,
             host_memory=HostMemoryConfig(

@@ -15,18 +15,7 @@ __all__ = ["print_stats"]
 def print_stats(stats: dict[str, Any]) -> None:
     """Print a daemon's answer to `stats` as tables on stdout."""
     console = Console()
-    console.print(
-        f"daemon pid {stats['pid']} at {stats['address']}, {stats['sessions']} sessions",
-        highlight=False,
-    )
-    memory = stats["host_memory"]
-    where = "" if memory["numa_node"] is None else f" on node {memory['numa_node']}"
-    console.print(
-        f"host memory of {memory['memory_bytes']} bytes{where} in {memory['pages']}, "
-        f"{memory['prefaulted_bytes']} bytes prefaulted",
-        highlight=False,
-        markup=False,
-    )
+    _print_daemon(console, stats)
     node = stats["node"]
     if node is None:
         console.print("no client has connected yet: the layout of the blocks is not known")
@@ -66,6 +55,29 @@ def print_stats(stats: dict[str, Any]) -> None:
     for name, count in node["counters"].items():
         counters.add_row(name.replace("_", " "), str(count))
     console.print(counters)
+
+
+def _print_daemon(console: Console, stats: dict[str, Any]) -> None:
+    """Print what the daemon is and has before any client told it a layout."""
+    console.print(
+        f"daemon pid {stats['pid']} at {stats['address']}, {stats['sessions']} sessions",
+        highlight=False,
+    )
+    memory = stats["host_memory"]
+    where = "" if memory["numa_node"] is None else f" on node {memory['numa_node']}"
+    console.print(
+        f"host memory of {memory['memory_bytes']} bytes{where} in {memory['pages']}, "
+        f"{memory['prefaulted_bytes']} bytes prefaulted",
+        highlight=False,
+        markup=False,
+    )
+    mover = stats["backend"]
+    alone = f"; LEFT ALONE: {mover['left_alone']}" if mover.get("left_alone") else ""
+    console.print(
+        f"between host and disk blocks move by {mover['name']}: {mover['reason']}{alone}",
+        highlight=False,
+        markup=False,
+    )
 
 
 def _print_tenants(console: Console, node: dict[str, Any]) -> None:

@@ -7,12 +7,13 @@ turns. The other process is this module, started with `--serve`.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -25,7 +26,7 @@ from kvstrata.transfer.backends.nixl import NixlAgent, NixlBackend, PeerMemory, 
 from kvstrata.transfer.backends.nixl.invitation import decode_invitation
 from kvstrata.transfer.base import CopyOp, Outcome
 
-__all__ = ["SIZES", "measure_peer"]
+__all__ = ["LENGTH", "SIZES", "allocate", "measure_peer", "peer_invitation", "peer_memory"]
 
 BLOCKS: Final = 64
 SIZES: Final = (256 << 10, 1 << 20, 4 << 20)
@@ -37,19 +38,42 @@ TIMEOUT_S: Final = 30.0
 def _serve() -> None:
     """Be the other process: export memory full of numbers until stdin ends."""
     agent = NixlAgent()
-    region, array = _allocate()
+    region, array = allocate()
     array[:] = np.random.default_rng(1).integers(0, 256, LENGTH, np.uint8)
     print(agent.export({"arena": region}).hex(), flush=True)
     sys.stdin.read()
     os._exit(0)
 
 
-def _allocate() -> tuple[MemoryRegion, np.ndarray[Any, Any]]:
+def allocate() -> tuple[MemoryRegion, np.ndarray[Any, Any]]:
     """Return memory that is really there."""
     mapped = mmap.mmap(-1, LENGTH)
     array = np.frombuffer(mapped, np.uint8)
     array[:] = 0
     return MemoryRegion(memoryview(mapped)), array
+
+
+@contextlib.contextmanager
+def peer_invitation() -> Iterator[bytes]:
+    """Start the other process; yield how to reach its memory, and kill it afterwards."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "kvstrata.apps.cli.bench.peer", "--serve"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert child.stdout is not None, "it was asked for"
+        yield bytes.fromhex(child.stdout.readline().decode())
+    finally:
+        child.kill()
+        child.wait()
+
+
+@contextlib.contextmanager
+def peer_memory(backend: NixlBackend) -> Iterator[PeerMemory]:
+    """Start the other process; yield its memory as `backend` reaches it."""
+    with peer_invitation() as invitation:
+        yield backend.agent.connect(invitation)["arena"]
 
 
 class _Bare:
@@ -121,16 +145,9 @@ def measure_peer(rounds: int, sizes: Sequence[int] = (1 << 20,)) -> list[PathRow
     load_binding()
     told = threading.Event()
     backend = NixlBackend(notify=told.set, timeout_s=TIMEOUT_S)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "kvstrata.apps.cli.bench.peer", "--serve"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert child.stdout is not None, "it was asked for"
-        invitation = bytes.fromhex(child.stdout.readline().decode())
+    with contextlib.closing(backend), peer_invitation() as invitation:
         there = backend.agent.connect(invitation)["arena"]
-        region, array = _allocate()
+        region, array = allocate()
         bare = _Bare(region, there, decode_invitation(invitation).metadata)
         ours = _Ours(region, backend, there)
         paths = []
@@ -156,10 +173,6 @@ def measure_peer(rounds: int, sizes: Sequence[int] = (1 << 20,)) -> list[PathRow
                     path_of(name, block_bytes, samples["ours"], samples["limit"], "raw NIXL, UCX")
                 )
         return paths
-    finally:
-        child.kill()
-        child.wait()
-        backend.close()
 
 
 def _check(

@@ -13,20 +13,22 @@ between ours and bare is what checksum, index and queue cost together.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from kvstrata.apps.cli.bench.limits import make_limit
 from kvstrata.apps.cli.bench.turns import PathRow, path_of, take_turns
-from kvstrata.core.config import Limits
+from kvstrata.core.config import BACKEND_DEFAULT, Limits
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import DISK
 from kvstrata.layout import BlockLayout, Dimension
@@ -40,8 +42,9 @@ from kvstrata.storage.seal import seal
 from kvstrata.storage.slab import Slab, without_collector
 from kvstrata.transfer.base import Job, JobDone, ReadJob, WriteJob
 from kvstrata.transfer.executor import Executor
+from kvstrata.transfer.mover import make_mover
 
-__all__ = ["SIZES", "Setup", "measure_recovery", "measure_slab"]
+__all__ = ["SIZES", "Setup", "measure_mover", "measure_recovery", "measure_slab"]
 
 MIB: Final = 1 << 20
 SIZES: Final = (256 << 10, 1 * MIB, 4 * MIB)
@@ -63,6 +66,8 @@ class Setup:
     """How much each run moves."""
     threads: int
     """How many operations are in flight."""
+    backend: str = BACKEND_DEFAULT
+    """What moves the blocks."""
 
     @property
     def blocks(self) -> int:
@@ -89,7 +94,12 @@ class _Ours:
         self._news = threading.Semaphore(0)
         limits = Limits(transfer_threads=setup.threads)
         self._executor = Executor(
-            self._arena, {DISK: self.slab}, layout.fingerprint, limits, notify=self._news.release
+            self._arena,
+            {DISK: self.slab},
+            layout.fingerprint,
+            limits,
+            notify=self._news.release,
+            mover=make_mover(setup.backend, limits, notify=self._news.release),
         )
         self._targets = list(range(blocks))
         self._transfer = 0
@@ -196,6 +206,37 @@ def measure_slab(setup: Setup, rounds: int) -> list[PathRow]:
                 found.append(line)
     finally:
         ours.close()
+    return found
+
+
+def measure_mover(setup: Setup, backend: str, rounds: int) -> list[PathRow]:
+    """Return write and read by `backend` beside `setup.backend`, each with a slab of its own.
+
+    Both are the whole job, seals and index lines included.
+    """
+    with contextlib.ExitStack() as opened:
+        sides: dict[str, _Ours] = {}
+        for side, name in (("ours", backend), ("limit", setup.backend)):
+            folder = Path(opened.enter_context(tempfile.TemporaryDirectory(dir=setup.directory)))
+            made = _Ours(replace(setup, directory=folder, backend=name))
+            sides[side] = opened.enter_context(contextlib.closing(made))
+            made.write()
+            made.read()
+        found = []
+        for way in ("write", "read"):
+            samples = take_turns(
+                {side: made.write if way == "write" else made.read for side, made in sides.items()},
+                rounds,
+            )
+            found.append(
+                path_of(
+                    f"slab {way} by {backend}",
+                    setup.block_bytes,
+                    samples["ours"],
+                    samples["limit"],
+                    f"{setup.backend}, {setup.threads} threads",
+                )
+            )
     return found
 
 
