@@ -12,7 +12,7 @@ import torch
 from kvstrata.connectors.trtllm.desk import Desk
 from kvstrata.connectors.trtllm.jobs import LoadJob, PageCopy, SaveJob
 from kvstrata.connectors.trtllm.pages import EnginePages
-from kvstrata.core.errors import LayoutError
+from kvstrata.core.errors import DaemonError, LayoutError
 from kvstrata.core.ids import HASH_BYTES, SequenceHash
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.session import Session
@@ -29,8 +29,8 @@ _POLL_S: Final = 0.001
 def fly_canary(session: Session, desk: Desk, pages: EnginePages) -> bool:
     """Store made-up bytes from the engine's first pages, load them back, and compare bit for bit.
 
-    What the pages held is put back. Returns False if the daemon had no room; raises LayoutError if
-    what came back is not what was written, DaemonError if the daemon was not heard.
+    What the pages held is put back. Returns False if the daemon had no room or was not heard;
+    raises LayoutError if what came back is not what was written.
     """
     places = session.layout.block_tokens // pages.page_tokens
     if any(pages.count(group) < places for group in range(pages.groups)):
@@ -64,11 +64,13 @@ def fly_canary(session: Session, desk: Desk, pages: EnginePages) -> bool:
         found = [region.rows[:places].cpu().reshape(-1) for region in pages.regions]
         if not all(torch.equal(one, other) for one, other in zip(found, sent, strict=True)):
             raise _odd("pages that were stored and loaded came back with other bytes")
+        session.release([_NAME])
+        session.call(wire.Forget(key), wire.Cleared)
+    except DaemonError as error:
+        log.warning("kvstrata's canary did not come back in time: %s", error)
+        return False
     finally:
         _write(pages, places, [each.cpu().reshape(-1) for each in before])
-        if session.welcome is not None:
-            session.release([_NAME])
-            session.call(wire.Forget(key), wire.Cleared)
     return True
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -59,6 +60,7 @@ class Desk:
         self.mover: Mover | None = None
         self.served = False  # a scheduler half has taken it
         self.step_ended = 0  # the last step that has computed and saved
+        self.settle: Callable[[], None] | None = None  # has the scheduler half take its reports
         self._arenas: dict[int, MappedArena] = {}
         self._reports: deque[Report] = deque()  # at most one for each open job
         self._open: dict[int, LoadJob | SaveJob] = {}

@@ -97,9 +97,11 @@ class Keeper:
         """Map the arena and fly the canary; raises ConfigError or DaemonError."""
         self._line.attach()
         fly_canary(self.session, self._desk, self._pages)
+        self._desk.settle = self._settle
 
     def close(self) -> None:
         """Let the copies end, hand over what they saved, leave the daemon; twice is harmless."""
+        self._desk.settle = None
         if self._desk.mover:
             self._desk.mover.close()
         self._settle()
@@ -165,30 +167,23 @@ class Keeper:
     def plan(self, output: Any) -> StepPlan:
         """Return the step's loads, and the saves of blocks that it completes."""
         self._settle()
-        told = [(data, True) for data in output.new_requests]
-        told += [(data, False) for data in output.cached_requests]
-        step = next(self._steps) if told else 0
-        plan = StepPlan(step=step)
-        for data, new in told:
-            tracked = self._requests.get(data.request_id)
-            if tracked:
-                problem = tracked.note(data, new=new, groups=self._pages.groups)
-                if problem:
-                    self._spoil(tracked, problem)
-                if problem and (tracked.offer or tracked.filled):
-                    self._desk.break_off(f"request {tracked.request} was loaded and has {problem}")
-                if tracked.offer and not self._background:
-                    self._plan_load(plan, tracked, tracked.pages)
+        told = [*output.new_requests, *output.cached_requests]
+        plan = StepPlan(step=next(self._steps) if told else 0)
+        scheduled = [
+            *self._note_all(output.new_requests, new=True),
+            *self._note_all(output.cached_requests, new=False),
+        ]
         for tracked in list(self._requests.values()):
             if tracked.offer and tracked.allocated is not None:
                 self._plan_load(plan, tracked, tracked.allocated)
-        ready = self._line.ready()
-        for data, _ in told:
-            tracked = self._requests.get(data.request_id)
-            if tracked and not self._pages_kept(tracked):
+        for tracked in scheduled:
+            if tracked.offer and not self._background:
+                self._plan_load(plan, tracked, tracked.pages)
+            if not self._pages_kept(tracked):
                 self._desk.break_off(f"pages of request {tracked.request} changed after their load")
-            if tracked and ready and (job := self._plan_save(tracked)):
-                plan.saves.append(job)
+        if self._line.ready():
+            saves = map(self._plan_save, scheduled)
+            plan.saves.extend(job for job in saves if job)
         self._measure(plan, told)
         return plan
 
@@ -237,6 +232,17 @@ class Keeper:
         if identity.problem or getattr(request, "is_dummy_request", False) is True:
             self._spoil(tracked, identity.problem or "dummy")
         return tracked
+
+    def _note_all(self, told: Sequence[Any], *, new: bool) -> list[Tracked]:
+        """Take what the engine says of its requests; return those that we know."""
+        known = [(data, self._requests.get(data.request_id)) for data in told]
+        for data, tracked in known:
+            problem = tracked.note(data, new=new, groups=self._pages.groups) if tracked else ""
+            if tracked and problem:
+                self._spoil(tracked, problem)
+                if tracked.offer or tracked.filled:
+                    self._desk.break_off(f"request {tracked.request} was loaded and has {problem}")
+        return [tracked for _, tracked in known if tracked]
 
     def _spoil(self, tracked: Tracked, why: str) -> None:
         if tracked.usable:
@@ -412,11 +418,11 @@ class Keeper:
             self.statistics.unsaved_blocks += len(saving.slots)
         self._line.hand_over(saving.tracked.name, saving.epoch, saving.slots, good=good)
 
-    def _measure(self, plan: StepPlan, told: Sequence[tuple[Any, bool]]) -> None:
+    def _measure(self, plan: StepPlan, told: Sequence[Any]) -> None:
         """Note what the step computes, to learn how fast prompts are."""
         if not told:
             return
-        tokens = sum(data.num_scheduled_tokens for data, _ in told)
-        prompt = sum(data.num_scheduled_tokens for data, _ in told if data.num_scheduled_tokens > 1)
+        counts = [data.num_scheduled_tokens for data in told]
+        tokens, prompt = sum(counts), sum(count for count in counts if count > 1)
         # A step that also loads takes longer; that is not the prompt's doing.
         self._prefill.scheduled(plan.step, 0 if plan.loads else prompt, tokens, time.monotonic())

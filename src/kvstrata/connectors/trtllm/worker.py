@@ -122,6 +122,8 @@ class KvstrataWorker(WorkerBase):  # type: ignore[misc]  # TensorRT-LLM's, or it
         self._desk.check()
         self._waiting_saved.difference_update(saved)
         self._waiting_loaded.difference_update(loaded)
+        if self._desk.settle:
+            self._desk.settle()  # an idle engine asks for nothing else
         return saved, loaded
 
     def close(self) -> None:
