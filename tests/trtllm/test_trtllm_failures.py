@@ -76,7 +76,7 @@ def test_a_daemon_that_was_killed_and_comes_back(start, sim, world, serve):
     assert warm.answer == world.answer(PROMPT, 3)
 
 
-def test_a_private_daemon_is_started_anew(start, sim, world):
+def test_a_private_daemon_is_started_anew(start, sim):
     engine = start(settings={"tiers": "host:1MiB", "retry_interval_s": 0.01}, reuse=False)
     engine.run(sim.Request(1, PROMPT, 3))
     first = engine.scheduler.daemon_pid
@@ -149,9 +149,13 @@ def test_a_slot_that_changes_before_its_load_stops_the_engine(start, sim, manage
         data = sim.RequestData(1, request.tokens, pages, 0, 2)
         output = sim.SchedulerOutput([data] if manager == "v2" else [])
         engine.worker.bind_connector_meta(engine.scheduler.build_connector_meta(output))
-        with pytest.raises(TransferError, match="would be a wrong answer"):
+
+        def load() -> None:
             engine.worker.start_load_kv(None)
             until(lambda: engine.worker.get_finished([], [1]) is None)
+
+        with pytest.raises(TransferError, match="would be a wrong answer"):
+            load()
         assert bool((engine.pool.memory[0] == before).all())
     finally:
         generations[offer.slots[3]] -= 1
@@ -273,13 +277,13 @@ def test_a_partly_used_page_is_not_offered_behind(start, sim):
     ("name", "value"),
     [
         ("multimodal_hashes", [[1] * 8]),
-        ("prompt_embedding_table", lambda: object()),
+        ("prompt_embedding_table", object),
         ("is_dummy_request", True),
         ("cache_salt", 7),
         ("cache_salt", "\0trtllm-salt-id:5"),
     ],
 )
-def test_requests_whose_tokens_do_not_say_what_they_are(start, sim, world, name, value):
+def test_requests_whose_tokens_do_not_say_what_they_are(start, sim, name, value):
     engine = start()
     for number in range(2):
         request = sim.Request(number, PROMPT, 3)
@@ -317,7 +321,7 @@ def test_the_canary_sees_regions_that_are_not_what_they_seem(start, sim, monkeyp
         start(manager="v2", groups=2)
 
 
-def test_the_canary_puts_back_what_the_pages_held(sim, world, start, monkeypatch):
+def test_the_canary_puts_back_what_the_pages_held(sim, start, monkeypatch):
     held = []
     make = sim.Pool.__init__
 

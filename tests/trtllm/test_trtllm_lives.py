@@ -67,7 +67,7 @@ class Life:
         self.rest()
         for name, *more in events:
             getattr(self, name)(*more)
-        self.hold(False)
+        self.let_go()
         self.end()
 
     def submit(self, family, length, salt, adapter, count) -> None:
@@ -92,9 +92,12 @@ class Life:
             self.engine.preempt(request, reset=reset)
 
     def hold(self, on) -> None:
-        self.held.close()
+        self.let_go()
         if on:
             self.held.enter_context(self.engine.worker._mover._changed)
+
+    def let_go(self) -> None:
+        self.held.close()
 
     def defer(self, index) -> None:
         if self.kind["manager"] == "v2" and (request := self._one(index)):
@@ -108,12 +111,12 @@ class Life:
 
     def rest(self) -> None:
         """Let all that is under way come to its end."""
-        self.hold(False)
+        self.let_go()
         self.engine.defer = set()
         self.engine.run()
 
     def bounce(self) -> None:
-        self.hold(False)
+        self.let_go()
         self.end()
         self.engine = self.begin(**self.kind, pages=36, seed=len(self.requests))
 

@@ -18,7 +18,7 @@ from kvstrata.connectors.trtllm.desk import Desk, desk_of, partner_of
 from kvstrata.connectors.trtllm.engine import check_arguments, engine_namespace, read_model
 from kvstrata.connectors.trtllm.interface import SchedulerBase, check_interface, engine_version
 from kvstrata.connectors.trtllm.keeper import Keeper, Statistics
-from kvstrata.connectors.trtllm.settings import read_settings
+from kvstrata.connectors.trtllm.settings import ConnectorSettings, read_settings
 from kvstrata.core.errors import ConfigError
 from kvstrata.runtime.session import Session
 
@@ -43,13 +43,18 @@ class KvstrataScheduler(SchedulerBase):  # type: ignore[misc]  # TensorRT-LLM's,
     def __init__(self, llm_args: Any) -> None:
         """Check what can be checked before the pages are known."""
         super().__init__(llm_args)
-        self._settings = read_settings()
+        self._settings = self.connector_settings()
         self._page_tokens = check_arguments(llm_args)
         self._model = read_model(llm_args)
         self._desk: Desk = desk_of(llm_args)
         self._keeper: Keeper | None = None
         end = weakref.WeakMethod(self.close)
         atexit.register(lambda: (close := end()) and close())
+
+    @classmethod
+    def connector_settings(cls) -> ConnectorSettings:
+        """Return the checked settings of this process; a subclass may have them elsewhere."""
+        return read_settings()
 
     def wait_for_initialization(self) -> None:
         """Reach or start the daemon, and see one block come back; the pages are registered now."""

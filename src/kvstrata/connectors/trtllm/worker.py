@@ -21,7 +21,7 @@ from kvstrata.connectors.trtllm.interface import WorkerBase, check_interface
 from kvstrata.connectors.trtllm.jobs import LoadJob, Report, SaveJob, StepPlan
 from kvstrata.connectors.trtllm.mover import Mover
 from kvstrata.connectors.trtllm.pages import EnginePages, pages_of_layout, pages_of_tensor
-from kvstrata.connectors.trtllm.settings import read_settings
+from kvstrata.connectors.trtllm.settings import ConnectorSettings, read_settings
 from kvstrata.core.errors import ConfigError
 
 __all__ = ["KvstrataWorker"]
@@ -44,7 +44,7 @@ class KvstrataWorker(WorkerBase):  # type: ignore[misc]  # TensorRT-LLM's, or it
     def __init__(self, llm_args: Any) -> None:
         """Check the engine's arguments."""
         super().__init__(llm_args)
-        self._settings = read_settings()
+        self._settings = self.connector_settings()
         self._page_tokens = check_arguments(llm_args)
         self._model = read_model(llm_args)
         self._desk = desk_of(llm_args)
@@ -57,6 +57,11 @@ class KvstrataWorker(WorkerBase):  # type: ignore[misc]  # TensorRT-LLM's, or it
         self._waiting_loaded: set[int] = set()
         end = weakref.WeakMethod(self.close)
         atexit.register(lambda: (close := end()) and close())
+
+    @classmethod
+    def connector_settings(cls) -> ConnectorSettings:
+        """Return the checked settings of this process; a subclass may have them elsewhere."""
+        return read_settings()
 
     # -- at start ------------------------------------------------------------------------------
 
