@@ -5,6 +5,7 @@ SEEDS ?= 200
 FIRST ?= 0
 BIN := .venv/bin
 EXAMPLE := examples/kvstrata-redis
+SHIM := examples/kvstrata-kvbm-shim
 SGLANG := .venv-sglang/bin
 PIP_OPTIONS := install -qq --no-input --disable-pip-version-check --progress-bar off --no-deps
 PIP := $(BIN)/python -m pip $(PIP_OPTIONS)
@@ -33,8 +34,9 @@ test: env ## check, then every test; the engine's tests come last
 	echo "== tests without an engine"; \
 	$(BIN)/python -m pytest tests --ignore=tests/engine --ignore=tests/nixl --ignore=tests/rgw \
 	  --ignore=tests/sglang -n 2 || status=1; \
-	echo "== tests of the example plug-in"; \
+	echo "== tests of the example plug-in, and of the kvbm preset's names"; \
 	$(BIN)/python -m pytest $(EXAMPLE) || status=1; \
+	$(BIN)/python -m pytest $(SHIM) || status=1; \
 	echo "== tests with NIXL"; \
 	$(BIN)/python -m pytest tests/nixl || status=1; \
 	$(MAKE) --no-print-directory test-rgw || status=1; \
@@ -62,7 +64,7 @@ test-sglang: env ## the tests with SGLang, in .venv-sglang
 check: env ## lint, format, types, import rules, house rules
 	@echo "== ruff"; $(BIN)/ruff check --quiet .
 	@echo "== format"; $(BIN)/ruff format --check --quiet .
-	@echo "== types"; $(BIN)/mypy --strict src tools $(EXAMPLE)/src
+	@echo "== types"; $(BIN)/mypy --strict src tools $(EXAMPLE)/src $(SHIM)/src
 	@echo "== imports"; PYTHONPATH=src $(BIN)/lint-imports
 	@echo "== tidy"; $(BIN)/python tools/tidy.py
 

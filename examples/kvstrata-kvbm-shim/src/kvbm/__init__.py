@@ -1,0 +1,1 @@
+"""The name that TensorRT-LLM's `kvbm` preset imports; kvstrata serves it."""

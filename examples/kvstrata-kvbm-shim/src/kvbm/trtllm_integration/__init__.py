@@ -1,0 +1,1 @@
+"""Where the preset looks for its connector."""
