@@ -251,6 +251,15 @@ def doctor(
 
 @app.command()
 @_told
+def matrix(*, as_json: AsJson = False) -> None:
+    """Say what works with which engine, in which releases; --json names the test of each cell."""
+    from kvstrata.apps.cli.matrix import run_matrix
+
+    run_matrix(as_json=as_json)
+
+
+@app.command()
+@_told
 def demo(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures of the table to this file.")
