@@ -261,6 +261,9 @@ def matrix(*, as_json: AsJson = False) -> None:
 @app.command()
 @_told
 def demo(
+    engine: Annotated[
+        str, typer.Option(help="Engine to play on: vllm, sglang or transformers.")
+    ] = "vllm",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures of the table to this file.")
     ] = None,
@@ -271,13 +274,13 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Play a conversation on a real vLLM: cold, warm, and after kill -9 of everything.
+    """Play a conversation on a real engine: cold, warm, and after kill -9 of everything.
 
     With --object the slab is deleted at last, and blocks come back from the object store.
     """
     from kvstrata.apps.cli.demo.play import run_demo
 
-    raise typer.Exit(run_demo(json_file, object_url=object_url))
+    raise typer.Exit(run_demo(json_file, object_url=object_url, engine=engine))
 
 
 Place = Annotated[
