@@ -67,7 +67,7 @@ def write_json(phases: list[Phase], path: Path) -> None:
 
 def print_report(phases: list[Phase], console: Console, kind: EngineKind) -> None:
     """Print the table, its sum in words, and where to go from here."""
-    console.print(_table(phases, kind.title))
+    console.print(_table(phases))
     console.print(_summary(phases), soft_wrap=True, highlight=False)
     console.print()
     next_steps = _NEXT.replace("{own_model}", kind.own_model)
@@ -84,10 +84,10 @@ def _turn(turn: Turn) -> dict[str, Any]:
     }
 
 
-def _table(phases: list[Phase], engine: str) -> Table:
+def _table(phases: list[Phase]) -> Table:
     table = Table(
         box=box.SIMPLE,
-        title=f"{engine}, one conversation {len(phases)} times: prompt tokens by where KV came from",
+        title=f"One conversation, {len(phases)} times: prompt tokens by where their KV came from",
         title_justify="left",
     )
     table.add_column("phase", no_wrap=True)
