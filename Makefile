@@ -7,6 +7,7 @@ BIN := .venv/bin
 EXAMPLE := examples/kvstrata-redis
 SHIM := examples/kvstrata-kvbm-shim
 SGLANG := .venv-sglang/bin
+OUTCOMES := build/outcomes
 PIP_OPTIONS := install -qq --no-input --disable-pip-version-check --progress-bar off --no-deps
 PIP := $(BIN)/python -m pip $(PIP_OPTIONS)
 PLATFORM := $(shell uname -sm)
@@ -16,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-rgw test-sglang check bench sim mutants lock clean
+.PHONY: help env demo test test-rgw test-sglang check bench sim matrix mutants lock clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -29,11 +30,12 @@ demo: env ## show blocks surviving an engine restart, on a tiny model
 
 # Every part runs even after one failed, so one run tells everything; pytest has the last word.
 test: env ## check, then every test; the engine's tests come last
-	@status=0; \
+	@status=0; rm -rf $(OUTCOMES); \
 	$(MAKE) --no-print-directory check || status=1; \
 	echo "== tests without an engine"; \
 	$(BIN)/python -m pytest tests --ignore=tests/engine --ignore=tests/nixl --ignore=tests/rgw \
-	  --ignore=tests/sglang -n 2 || status=1; \
+	  --ignore=tests/sglang --ignore=tests/matrix -n 2 --outcomes $(OUTCOMES)/plain.txt \
+	  || status=1; \
 	echo "== tests of the example plug-in, and of the kvbm preset's names"; \
 	$(BIN)/python -m pytest $(EXAMPLE) || status=1; \
 	$(BIN)/python -m pytest $(SHIM) || status=1; \
@@ -43,8 +45,9 @@ test: env ## check, then every test; the engine's tests come last
 	echo "== simulated worlds"; \
 	$(BIN)/python -m kvstrata.testing.simworld --seeds 2000 --first 1 || status=1; \
 	$(MAKE) --no-print-directory test-sglang || status=1; \
-	echo "== tests with an engine"; \
-	$(BIN)/python -m pytest tests/engine || status=1; \
+	echo "== tests with an engine, and whether all that the matrix names ran"; \
+	$(BIN)/python -m pytest tests/engine tests/matrix --outcomes $(OUTCOMES)/engine.txt \
+	  || status=1; \
 	exit $$status
 
 test-rgw: env ## test the object store against a Ceph RGW (.ci/ceph brings it)
@@ -56,7 +59,7 @@ test-rgw: env ## test the object store against a Ceph RGW (.ci/ceph brings it)
 test-sglang: env ## the tests with SGLang, in .venv-sglang
 	@echo "== tests with SGLang"
 	@if $(MAKE) --no-print-directory $(SGLANG)/.project; then \
-	  $(SGLANG)/python -m pytest tests/sglang; \
+	  $(SGLANG)/python -m pytest tests/sglang --outcomes $(OUTCOMES)/sglang.txt; \
 	else \
 	  echo "skipped: tests/sglang: its environment cannot be made here ($(PLATFORM)), see above"; \
 	fi
@@ -72,6 +75,9 @@ bench: env ## measure the manager's cost per block, and each tier beside its lim
 	@$(BIN)/python bench/micro.py
 	@$(BIN)/python bench/flat.py
 	@$(BIN)/kvstrata bench tiers --json bench/results/tiers.json
+
+matrix: env ## write docs/matrix.md anew
+	@$(BIN)/python tools/matrix_page.py
 
 mutants: env ## plant bugs one by one; each must make a test fail
 	@$(BIN)/python tools/mutants.py

@@ -82,6 +82,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--outcomes FILE`, for tests/matrix."""
+    parser.addoption("--outcomes", type=Path, help="write what came of each test to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Record outcomes where asked to: in the process that hears of every test."""
+    path = config.getoption("--outcomes")
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Outcomes(path))
+
+
+class _Outcomes:
+    """Appends one line for each test, `passed NAME`, and one for whatever else came of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("", encoding="utf-8")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Setup and teardown count only when they failed or skipped."""
+        if report.when == "call" or not report.passed:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"{report.outcome} {report.nodeid}\n")
+
+
 @pytest.fixture
 def loop_device(tmp_path):
     """Make block devices of so many bytes over files in `tmp_path`; skip where that is forbidden.

@@ -77,7 +77,7 @@ def test_a_release_that_was_not_tested_is_refused(llama, make_cache, monkeypatch
     from kvstrata.connectors.transformers import eligibility
 
     monkeypatch.setattr(eligibility.transformers, "__version__", "5.99.0")
-    with pytest.raises(LayoutError, match=r"5\.99\.0 is not a release"):
+    with pytest.raises(LayoutError, match=r"5\.99\.0 is not a version"):
         make_cache(llama)
 
 

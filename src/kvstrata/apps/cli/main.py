@@ -268,7 +268,19 @@ def doctor(
 
 @app.command()
 @_told
+def matrix(*, as_json: AsJson = False) -> None:
+    """Say what works with which engine, in which releases; --json names the test of each cell."""
+    from kvstrata.apps.cli.matrix import run_matrix
+
+    run_matrix(as_json=as_json)
+
+
+@app.command()
+@_told
 def demo(
+    engine: Annotated[
+        str, typer.Option(help="Engine to play on: vllm, sglang or transformers.")
+    ] = "vllm",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures of the table to this file.")
     ] = None,
@@ -279,13 +291,13 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Play a conversation on a real vLLM: cold, warm, and after kill -9 of everything.
+    """Play a conversation on a real engine: cold, warm, and after kill -9 of everything.
 
     With --object the slab is deleted at last, and blocks come back from the object store.
     """
     from kvstrata.apps.cli.demo.play import run_demo
 
-    raise typer.Exit(run_demo(json_file, object_url=object_url))
+    raise typer.Exit(run_demo(json_file, object_url=object_url, engine=engine))
 
 
 Place = Annotated[

@@ -11,6 +11,7 @@ import torch
 
 from kvstrata.connectors.sglang.hostpages import HostPages, PoolGeometry
 from kvstrata.connectors.sglang.identity import NUMERIC_ARGUMENTS
+from kvstrata.connectors.versions import TESTED_VERSIONS, refuse_untested
 from kvstrata.core.errors import LayoutError
 from kvstrata.layout import Shard
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 
 __all__ = [
-    "TESTED_VERSIONS",
     "check_model",
     "check_pool_name",
     "check_version",
@@ -27,9 +27,6 @@ __all__ = [
     "server_arguments",
     "shard_of",
 ]
-
-TESTED_VERSIONS: Final = ("0.5.23",)
-"""Releases whose storage interface, host pools and page keys we were tested with."""
 
 _POOLS: Final = {
     "MHATokenToKVPoolHost": "heads",  # K and V of each head
@@ -51,11 +48,7 @@ _REFUSED: Final = {
 
 def check_version() -> None:
     """Raise LayoutError for a release that was not tested."""
-    if sglang.__version__ not in TESTED_VERSIONS:
-        raise LayoutError(
-            f"SGLang {sglang.__version__} is not a version that kvstrata was tested with",
-            hint=f"tested are {', '.join(TESTED_VERSIONS)}; its host pools may have changed",
-        )
+    refuse_untested("sglang", sglang.__version__)
 
 
 def check_model(arguments: Mapping[str, Any]) -> None:
@@ -187,5 +180,5 @@ def _argument(arguments: Any, name: str) -> Any:
     except AttributeError as error:
         raise LayoutError(
             f"SGLang has no server argument {name!r}, of which the numbers depend",
-            hint=f"use a tested version: {', '.join(TESTED_VERSIONS)}",
+            hint=f"use a tested version: {', '.join(TESTED_VERSIONS['sglang'].releases)}",
         ) from error

@@ -9,15 +9,13 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from kvstrata.connectors.versions import refuse_untested
 from kvstrata.core.errors import LayoutError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
-__all__ = ["TESTED_VERSIONS", "foreign_hooks", "refuse_model", "unserved"]
-
-TESTED_VERSIONS: Final = ("5.16", "5.17", "5.18", "5.19")
-"""transformers releases, by their first two numbers, that the tests were run against."""
+__all__ = ["foreign_hooks", "refuse_model", "unserved"]
 
 # The others (dynamic, longrope) turn keys by an angle that depends on how long the text was.
 _ROPE_TYPES: Final = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
@@ -34,7 +32,8 @@ _OTHER_WAYS: Final = (
 
 def refuse_model(model: PreTrainedModel) -> None:
     """Raise LayoutError unless the model's KV is known to depend on tokens and weights only."""
-    _refuse_version(model)
+    refuse_untested("transformers", transformers.__version__)
+    _refuse_wrapper(model)
     plain = "use transformers without this cache"
     objections = [(holds, reason, plain) for holds, reason in _kind_objections(model)]
     for holds, reason, hint in objections + _state_objections(model):
@@ -82,13 +81,7 @@ def _padding(config: GenerationConfig, ids: torch.Tensor, mask: Any) -> str:
     return "" if whole else "padding"
 
 
-def _refuse_version(model: PreTrainedModel) -> None:
-    version = ".".join(transformers.__version__.split(".")[:2])
-    if version not in TESTED_VERSIONS:
-        raise LayoutError(
-            f"transformers {transformers.__version__} is not a release kvstrata was tested with",
-            hint=f"tested are {', '.join(TESTED_VERSIONS)}",
-        )
+def _refuse_wrapper(model: PreTrainedModel) -> None:
     if not isinstance(model, transformers.PreTrainedModel):
         raise LayoutError(
             f"{type(model).__name__} is not a model of transformers itself",

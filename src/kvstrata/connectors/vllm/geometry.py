@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import vllm
 
+from kvstrata.connectors.versions import refuse_untested
 from kvstrata.core.errors import LayoutError
 from kvstrata.layout import PagedCache
 
@@ -13,10 +14,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-__all__ = ["TESTED_VERSIONS", "paged_cache"]
-
-TESTED_VERSIONS: Final = ("0.32",)
-"""vLLM releases, by their first two numbers, that the engine tests run against."""
+__all__ = ["paged_cache"]
 
 
 def paged_cache(config: VllmConfig, kv_cache_config: KVCacheConfig) -> PagedCache:
@@ -24,7 +22,7 @@ def paged_cache(config: VllmConfig, kv_cache_config: KVCacheConfig) -> PagedCach
 
     Raises LayoutError for anything that this version does not know to be right.
     """
-    _refuse_version()
+    refuse_untested("vllm", vllm.__version__)
     _refuse_parallel(config)
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
@@ -56,15 +54,6 @@ def _packing(config: VllmConfig, spec: Any) -> str:
 
     dtype, cache_dtype = config.model_config.dtype, config.cache_config.cache_dtype
     return str(_get_attn_isa(dtype, spec.block_size, spec.head_size, cache_dtype))
-
-
-def _refuse_version() -> None:
-    version = ".".join(vllm.__version__.split(".")[:2])
-    if version not in TESTED_VERSIONS:
-        raise LayoutError(
-            f"vLLM {vllm.__version__} is not a version that kvstrata was tested with",
-            hint=f"tested are {', '.join(TESTED_VERSIONS)}; its KV layout may have changed",
-        )
 
 
 def _refuse_parallel(config: VllmConfig) -> None:

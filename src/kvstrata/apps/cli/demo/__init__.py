@@ -2,5 +2,6 @@
 
 * `play` is the walk: `run_demo` runs the phases in order and returns the exit code.
 * `model` makes the model, `conversation` the prompts, `report` the table and the JSON.
-* `engine` starts, talks to and ends `engine_child`, the process that holds vLLM.
+* `engine` starts, talks to and ends `engine_child`, the process that holds the engine.
+* `engines` lists the engines; `vllm_engine`, `sglang_engine`, `transformers_engine` run one.
 """

@@ -58,12 +58,13 @@ class Answer:
 class EngineProcess:
     """One `engine_child`. Commands are strictly one after the other, `begin_build` first."""
 
-    def __init__(self, name: str, directory: Path) -> None:
+    def __init__(self, name: str, directory: Path, engine: str = "vllm") -> None:
+        """Start a child called `name` for one of `engines.ENGINES`; it logs into `directory`."""
         self._name = name
         self._log_path = directory / f"{name}.log"
         with self._log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "kvstrata.apps.cli.demo.engine_child"],
+            self._process = subprocess.Popen(  # noqa: S603  # our own module
+                [sys.executable, "-m", "kvstrata.apps.cli.demo.engine_child", engine],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -102,12 +103,11 @@ class EngineProcess:
         """Return the engine's greedy answer of `max_tokens` tokens."""
         self._send("generate", prompt_token_ids=list(prompt_token_ids), max_tokens=max_tokens)
         result = self._receive(_COMMAND_TIMEOUT_S)
-        transfer = (result["kv_transfer_params"] or {}).get("kvstrata") or {}
         return Answer(
             token_ids=tuple(result["token_ids"]),
             ttft_s=result["ttft_s"],
-            cached_tokens=result["num_cached_tokens"],
-            tokens_from=dict(transfer.get("tokens_from") or {}),
+            cached_tokens=result["cached_tokens"],
+            tokens_from=dict(result["tokens_from"]),
         )
 
     def reset_prefix_cache(self) -> None:

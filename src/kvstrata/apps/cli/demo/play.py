@@ -1,4 +1,4 @@
-"""The walk of `kvstrata demo`: one conversation, four times, on a CPU and without a network.
+"""The walk of `kvstrata demo`: one conversation, four times, without a network or a GPU.
 
     reference       an engine without kvstrata gives the prompts and the answers to compare with
     cold            kvstrata attached, everything forgotten before each turn
@@ -12,7 +12,6 @@ Both engines start side by side, and the model is made meanwhile; measured turns
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import secrets
 import shutil
@@ -31,6 +30,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from kvstrata.apps.cli.demo.conversation import TURNS_MAX, USER_TEXTS, Conversation
 from kvstrata.apps.cli.demo.engine import Answer, EngineProcess, kill_descendants, kill_process
+from kvstrata.apps.cli.demo.engines import engine_kind
 from kvstrata.apps.cli.demo.report import Phase, Turn, print_report, write_json
 from kvstrata.core.config import TierConfig
 from kvstrata.core.errors import ConfigError
@@ -50,21 +50,23 @@ def run_demo(
     keep_dir: Path | None = None,
     turns: int = TURNS_MAX,
     object_url: str | None = None,
+    engine: str = "vllm",
 ) -> int:
-    """Play the conversation, print what was found, and return 0 if every answer was the same.
+    """Play the conversation on `engine`, print what was found; 0 if every answer was the same.
 
     Everything lives in a temporary directory, or in `keep_dir`, which then stays, and, with an
     `object_url`, below a prefix of its own there; its blocks are deleted at the end.
     """
     _check(turns, json_path)
+    kind = engine_kind(engine)
     place = None if object_url is None else ObjectPlace.below(object_url)
     with ExitStack() as stack:
         stack.enter_context(_termination_unwinds())
         directory = stack.enter_context(_directory(keep_dir))
         stack.callback(kill_descendants, directory)
         progress = stack.enter_context(_progress(turns * (4 if place is None else 5)))
-        phases = _Stage(directory, stack, progress, turns, place).play()
-    print_report(phases, Console(highlight=False))
+        phases = _Stage(engine, directory, stack, progress, turns, place).play()
+    print_report(phases, Console(highlight=False), kind)
     if json_path is not None:
         write_json(phases, json_path)
     return 0 if all(turn.identical for phase in phases for turn in phase.turns) else 1
@@ -73,14 +75,16 @@ def run_demo(
 class _Stage:
     """One demo under way: its directory, its engines, and what the reference said."""
 
-    def __init__(
+    def __init__(  # what the demo was called with, each once
         self,
+        engine: str,
         directory: Path,
         stack: ExitStack,
         progress: Progress,
         turns: int,
         place: ObjectPlace | None,
     ) -> None:
+        self._engine = engine
         self._place = place
         self._model = directory / "model"
         self._disk = directory / "disk"
@@ -149,12 +153,12 @@ class _Stage:
         engine.begin_build(self._model, self._disk, place)
 
     def _start(self, name: str) -> EngineProcess:
-        engine = EngineProcess(name, self._directory)
+        engine = EngineProcess(name, self._directory, self._engine)
         self._stack.callback(engine.kill)
         return engine
 
     def _make_model(self) -> Conversation:
-        # Not at the top: these need packages that come with vLLM, which `_check` looks for first.
+        # Not at the top: these need packages that come with an engine, which is looked for first.
         from tokenizers import Tokenizer
 
         from kvstrata.apps.cli.demo.model import make_model
@@ -167,7 +171,7 @@ class _Stage:
     @contextmanager
     def _admin(self, engine: EngineProcess) -> Iterator[AdminClient]:
         engine.wait_built()
-        assert engine.daemon_address is not None, "the engine was built with kvstrata's connector"
+        assert engine.daemon_address is not None, "the engine was built with kvstrata"
         with AdminClient(engine.daemon_address) as admin:
             yield admin
 
@@ -251,11 +255,6 @@ def _check(turns: int, json_path: Path | None) -> None:
         raise ConfigError(
             f"`json` names {json_path}, whose directory does not exist.",
             hint="make the directory, or name a file elsewhere.",
-        )
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "The demo plays on vLLM, which is not installed here.",
-            hint="run make env in a checkout of kvstrata, or see docs/guides/vllm.md.",
         )
 
 

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kvstrata.apps.cli.demo.engines import EngineKind
 from kvstrata.core.config import BLOCK_TOKENS_DEFAULT
 
 __all__ = ["Phase", "Turn", "print_report", "write_json"]
@@ -25,10 +26,7 @@ _TITLES: Final = {
 _NEXT: Final = """\
 What to try next (README.md explains each):
   a daemon that engines share   kvstrata serve --tiers host:8GiB,disk:/var/lib/kvstrata:100GiB
-  a model of your own           python -m vllm.entrypoints.openai.api_server --model MODEL
-                                --kv-transfer-config '{"kv_connector": "KvstrataConnector",
-                                "kv_connector_module_path": "kvstrata.connectors.vllm", "kv_role":
-                                "kv_both", "kv_connector_extra_config": {"tiers": "host:8GiB"}}'
+  a model of your own           {own_model}
   an engine of your own         from kvstrata import Client"""
 
 
@@ -67,12 +65,13 @@ def write_json(phases: list[Phase], path: Path) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def print_report(phases: list[Phase], console: Console) -> None:
+def print_report(phases: list[Phase], console: Console, kind: EngineKind) -> None:
     """Print the table, its sum in words, and where to go from here."""
     console.print(_table(phases))
     console.print(_summary(phases), soft_wrap=True, highlight=False)
     console.print()
-    console.print(_NEXT, soft_wrap=True, highlight=False, markup=False)
+    next_steps = _NEXT.replace("{own_model}", kind.own_model)
+    console.print(next_steps, soft_wrap=True, highlight=False, markup=False)
 
 
 def _turn(turn: Turn) -> dict[str, Any]:

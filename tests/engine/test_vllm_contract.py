@@ -1,0 +1,134 @@
+"""The connector's laws, on both halves of vLLM's, by a script in place of its scheduler."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvstrata.testing.contracts.engine_connector import EngineConnectorContract
+
+pytestmark = pytest.mark.engine
+
+PAGE_TOKENS = 32
+BLOCK_TOKENS = 64
+PAGES = BLOCK_TOKENS // PAGE_TOKENS
+
+
+class Script:
+    """vLLM's calls in the order of its `kv_connector/v1/base.py`, on its own KV tensors."""
+
+    block_tokens = BLOCK_TOKENS
+
+    def __init__(self, engine):
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        self._engine = engine
+        self._leader, self._worker = engine.connector, get_kv_transfer_group()
+        core = engine.llm.llm_engine.engine_core.engine_core
+        self._caches = core.model_executor.driver_worker.worker.model_runner.kv_caches
+        self._requests = {}
+        self._pages = {}
+
+    def begin(self, name, tokens):
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        self._requests[name] = Request(
+            request_id=name,
+            prompt_token_ids=list(tokens),
+            sampling_params=SamplingParams(max_tokens=1),
+            pooling_params=None,
+        )
+
+    def matched(self, name, computed_tokens=0):
+        tokens = None
+        while tokens is None:
+            request = self._requests[name]
+            tokens, between = self._leader.get_num_new_matched_tokens(request, computed_tokens)
+        assert between == (tokens > 0)
+        return tokens
+
+    def allocate(self, name, places, external_tokens):
+        from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+        from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+        self._pages[name] = [page for place in places for page in _pages(place)]
+        blocks = KVCacheBlocks((tuple(KVCacheBlock(page) for page in self._pages[name]),))
+        self._leader.update_state_after_alloc(self._requests[name], blocks, external_tokens)
+
+    def plan(self, computed):
+        from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
+
+        output = SchedulerOutput.make_empty()
+        output.num_scheduled_tokens = dict(computed)
+        output.total_num_scheduled_tokens = sum(computed.values())
+        output.kv_connector_block_state = KVConnectorBlockState(
+            req_ids=set(computed),
+            resolve_block_ids=lambda name: (self._pages[name],),
+            boundary_state_offloads={},
+        )
+        plan = self._leader.build_connector_meta(output)
+        for name, tokens in computed.items():
+            self._requests[name].num_computed_tokens += tokens
+        return plan
+
+    def work(self, plan):
+        from vllm.v1.outputs import KVConnectorOutput
+
+        self._worker.bind_connector_metadata(plan)
+        self._worker.start_load_kv(None)
+        self._worker.wait_for_save()
+        sent, loaded = self._worker.get_finished(set())
+        failed = self._worker.get_block_ids_with_load_errors()
+        meta = self._worker.build_connector_worker_meta()
+        self._worker.clear_connector_metadata()
+        assert not failed
+        return KVConnectorOutput(sent, loaded, kv_connector_worker_meta=meta)
+
+    def report(self, report):
+        self._leader.update_connector_output(report)
+        return set(report.finished_recving or ())
+
+    def finish(self, name):
+        request = self._requests[name]
+        return self._leader.request_finished(request, self._pages.get(name, []))[0]
+
+    def fill(self, place, seed):
+        import torch
+
+        luck = torch.Generator().manual_seed(seed)
+        for cache in self._caches:
+            for page in _pages(place):
+                cache[page] = torch.rand(cache[page].shape, generator=luck, dtype=cache.dtype)
+
+    def read(self, place):
+        return b"".join(
+            cache[page].contiguous().numpy().tobytes()
+            for cache in self._caches
+            for page in _pages(place)
+        )
+
+    def held_slots(self):
+        from kvstrata.runtime.admin import AdminClient
+
+        with AdminClient(self._leader.daemon_address) as admin:
+            host = admin.stats()["node"]["tiers"]["host"]
+        return host["filling"] + host["staged"] + host["in_use"]
+
+
+def _pages(place):
+    """The engine's pages that make up a place; its page 0 stands for nothing."""
+    return range(1 + place * PAGES, 1 + place * PAGES + PAGES)
+
+
+@pytest.fixture(scope="module")
+def script(engine_on):
+    """The halves of one engine, which has run: its worker is registered and known."""
+    with engine_on({"tiers": "host:64MiB", "block_tokens": BLOCK_TOKENS}) as running:
+        running.ask([[3] * 40], max_tokens=1)
+        yield Script(running)
+
+
+class TestVllm(EngineConnectorContract):
+    @pytest.fixture
+    def engine(self, script):
+        return script
