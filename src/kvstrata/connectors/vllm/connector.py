@@ -63,7 +63,9 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
             return
         self._recompute_failed_loads()
         namespace = engine_namespace(vllm_config, layout, settings.weights_revision)
-        session = Session(settings.where, layout, namespace, settings.session_limits)
+        session = Session(
+            settings.where, layout, namespace, settings.session_limits, bridges=True
+        )
         session.open()
         self._scheduler = SchedulerHalf(
             session,
