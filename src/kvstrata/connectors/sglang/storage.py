@@ -86,7 +86,8 @@ class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untype
             self._settings.weights_revision,
         )
         where = self._settings.where(self._shard, replicated=self._replicated)
-        session = Session(where, layout, namespace, self._settings.session_limits)
+        limits = self._settings.session_limits
+        session = Session(where, layout, namespace, limits, bridges=True)
         kept = KeptPages(
             session,
             batch_timeout_s=self._settings.batch_timeout_s,
@@ -101,6 +102,8 @@ class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untype
             raise
         self._kept, self._pages = kept, pages
         log.info("kvstrata keeps pages of %s at %s", layout.describe(), kept.daemon_address)
+        if (held := kept.held_layout) not in {None, layout}:
+            log.info("kvstrata re-arranges them: its daemon holds %s", held.describe())
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """Refuse every pool but the KV's: a hit without the others' pages would be wrong."""

@@ -76,7 +76,7 @@ class Binding:
         where = settings.address or NodeConfig(
             parse_tiers(settings.tiers), settings.secret_file, limits
         )
-        session = Session(where, layout, namespace, settings.limits)
+        session = Session(where, layout, namespace, settings.limits, bridges=True)
         session.open()
         self.prefixes = Prefixes(session, geometry, timeout_s=settings.load_timeout_s)
         try:
