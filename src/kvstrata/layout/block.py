@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from hashlib import sha256
 from math import prod
@@ -9,7 +10,7 @@ from typing import Final
 
 from kvstrata.core.errors import LayoutError
 
-__all__ = ["DTYPE_BYTES", "BlockLayout", "Dimension", "Shard"]
+__all__ = ["DTYPE_BYTES", "BlockLayout", "Dimension", "Shard", "parse_layout"]
 
 DTYPE_BYTES: Final = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
@@ -19,6 +20,10 @@ DTYPE_BYTES: Final = {
 """Element types that a block may have, with the size of one element in bytes."""
 
 _BLOCK_BYTES_MAX: Final = 1 << 30
+_DESCRIPTION: Final = re.compile(
+    r"(?P<writer>\S+) \[(?P<axes>[^\]]*)\] (?P<dtype>\S+) (?P<tokens>\d+) tokens "
+    r"tp=(?P<tp>\d+)/(?P<tps>\d+) pp=(?P<pp>\d+)/(?P<pps>\d+) group=(?P<group>\d+)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +121,22 @@ class BlockLayout:
             f"pp={shard.pipeline_rank}/{shard.pipeline_size} group={shard.group}"
         )
         return f"{self.writer} [{axes}] {self.dtype} {self.block_tokens} tokens {where}"
+
+
+def parse_layout(description: str, fingerprint: bytes) -> BlockLayout | None:
+    """Return the layout that `describe` gave this text, None if it is not the fingerprint's."""
+    found = _DESCRIPTION.fullmatch(description)
+    if found is None:
+        return None
+    axes = [axis.split("=") for axis in found["axes"].split()]
+    try:
+        layout = BlockLayout(
+            tuple(Dimension(name, int(size)) for name, size in axes),
+            found["dtype"],
+            int(found["tokens"]),
+            found["writer"],
+            Shard(*(int(found[name]) for name in ("tp", "tps", "pp", "pps", "group"))),
+        )
+    except (LayoutError, ValueError):
+        return None
+    return layout if layout.fingerprint == fingerprint else None

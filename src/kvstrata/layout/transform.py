@@ -1,21 +1,6 @@
 """From one block layout to another: a pure list of strided copies.
 
-Two layouts hold the same numbers if they agree on what the numbers are and differ only in where
-each of them lies. Every element has five coordinates, whatever the order of the axes in memory:
-
-    layer      of the whole model; a pipeline shard holds a range of them
-    kv         0 for K, 1 for V
-    head       of the whole model; a tensor shard holds a range of them
-    token      of the block; pages cut this range, `token = page * page tokens + place`
-    channel    of one head's K or V
-
-A layout without a `kv` axis has K and V in the page of a head in a way that its writer knows:
-
-    vllm-paged-fused-kv   [token, K channels then V channels], as its axes say
-    vllm-cpu-vec          [K channel, token], then [V token, channel]
-
-Of any other writer the axes are believed; without `kv` it has one number where others have two, as
-multi-head latent attention. Packings of vLLM that are not in the table are refused.
+What a layout's axes mean, and which packings are known, is in `places.py`.
 """
 
 from __future__ import annotations
@@ -23,22 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd, lcm
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from kvstrata.core.errors import LayoutError
 from kvstrata.layout.block import DTYPE_BYTES, BlockLayout
+from kvstrata.layout.places import Places, places_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["StridedCopy", "apply_transform", "plan_gather", "plan_transform"]
-
-_FUSED: Final = "vllm-paged-fused-kv"
-_CPU_VEC: Final = "vllm-cpu-vec"
-_KNOWN_AXES: Final = frozenset({"layer", "kv", "page", "head", "token", "channel"})
-_NEEDED_AXES: Final = frozenset({"layer", "token", "channel"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,32 +44,6 @@ class _Axis(NamedTuple):
     target: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Places:
-    """Where the coordinates of one layout lie: strides in elements, and ranges of the model."""
-
-    kv: str
-    """`pair` for K and V, on an axis or fused; `single` for neither."""
-    strides: dict[str, int]
-    """Elements from one step to the next, of K: layer, page, head, token, channel."""
-    value_strides: dict[str, int]
-    """The same of V."""
-    value_offset: int
-    """Elements from the first of K to the first of V."""
-    layers: range
-    """Layers of the model that the block holds."""
-    layers_total: int
-    """Layers of the model."""
-    heads: range
-    """KV heads of the model that the block holds."""
-    heads_total: int
-    """KV heads of the model."""
-    page_tokens: int
-    """Tokens in one page."""
-    channels: int
-    """Channels of K, or of V, or of the single number."""
-
-
 def plan_transform(source: BlockLayout, target: BlockLayout) -> list[StridedCopy]:
     """Return the copies that fill a whole block of `target` from one block of `source`.
 
@@ -105,17 +60,23 @@ def plan_gather(sources: Sequence[BlockLayout], target: BlockLayout) -> list[lis
     for a TP 1 target. Raises LayoutError if they do not hold the same numbers, if one of them
     would be written twice, or if a part of the target is in none of them.
     """
-    into = _places(target)
-    plans, parts = [], []
+    targets = places_of(target)
+    plans: list[list[StridedCopy]] = []
+    filled: list[list[tuple[range, range]]] = [[] for _ in targets]
     for source in sources:
-        held = _places(source)
+        parts_held = places_of(source)
         _refuse_other_numbers(source, target)
-        _refuse_other_model(held, into)
-        layers, heads = _meet(held.layers, into.layers), _meet(held.heads, into.heads)
-        if layers and heads:
-            parts.append((layers, heads))
-        plans.append(_copies(held, into, layers, heads, target.block_tokens))
-    _refuse_gaps(parts, into)
+        plan: list[StridedCopy] = []
+        for held in parts_held:
+            for into, parts in zip(targets, filled, strict=True):
+                _refuse_other_model(held, into)
+                layers, heads = _meet(held.layers, into.layers), _meet(held.heads, into.heads)
+                if layers and heads:
+                    parts.append((layers, heads))
+                plan += _copies(held, into, layers, heads, target.block_tokens)
+        plans.append(plan)
+    for into, parts in zip(targets, filled, strict=True):
+        _refuse_gaps(parts, into)
     return plans
 
 
@@ -140,96 +101,6 @@ def apply_transform(
         )
 
 
-# -- what a layout means --------------------------------------------------------------------------
-
-
-def _places(layout: BlockLayout) -> _Places:
-    sizes = {each.name: each.size for each in layout.dimensions}
-    unknown, absent = set(sizes) - _KNOWN_AXES, _NEEDED_AXES - set(sizes)
-    if unknown or absent:
-        raise LayoutError(
-            f"{layout.describe()}: axes {sorted(unknown | absent)} are unknown or absent",
-            hint=f"a transform knows {', '.join(sorted(_KNOWN_AXES))}",
-        )
-    strides, step = dict.fromkeys(_KNOWN_AXES, 0), 1
-    for each in reversed(layout.dimensions):
-        strides[each.name] = step
-        step *= each.size
-    if sizes.get("page", 1) * sizes["token"] != layout.block_tokens:
-        raise LayoutError(
-            f"{layout.describe()}: its pages do not hold {layout.block_tokens} tokens",
-            hint="page * token must be the tokens of the block",
-        )
-    channels, (values, value_offset) = _split_kv(layout, sizes, strides)
-    _refuse_ranks(layout)
-    shard, heads, layers = layout.shard, sizes.get("head", 1), sizes["layer"]
-    return _Places(
-        kv="pair" if value_offset else "single",
-        strides=strides,
-        value_strides=values,
-        value_offset=value_offset,
-        layers=range(shard.pipeline_rank * layers, (shard.pipeline_rank + 1) * layers),
-        layers_total=layers * shard.pipeline_size,
-        heads=range(shard.tensor_rank * heads, (shard.tensor_rank + 1) * heads),
-        heads_total=heads * shard.tensor_size,
-        page_tokens=sizes["token"],
-        channels=channels,
-    )
-
-
-def _split_kv(
-    layout: BlockLayout, sizes: dict[str, int], strides: dict[str, int]
-) -> tuple[int, tuple[dict[str, int], int]]:
-    """Return the channels of K, and strides and start of V; corrects the strides of K."""
-    channels = sizes["channel"]
-    if layout.writer not in {_FUSED, _CPU_VEC}:
-        if layout.writer.startswith("vllm-"):
-            raise LayoutError(
-                f"{layout.describe()}: the engine packs its pages in a way that is not known here",
-                hint="only blocks of the same writer can be used for them",
-            )
-        if sizes.get("kv", 2) != 2:  # noqa: PLR2004  # K and V
-            raise LayoutError(
-                f"{layout.describe()}: a kv axis is K and V",
-                hint="give the axis a size of 2, or leave it out",
-            )
-        return channels, (strides, strides["kv"])
-    if "kv" in sizes or channels % 2:
-        raise LayoutError(
-            f"{layout.describe()}: {channels} channels are not K and V of equal size",
-            hint="a writer of fused K and V has no kv axis, and K and V of one size",
-        )
-    half = channels // 2
-    if layout.writer == _FUSED:
-        return half, (strides, half * strides["channel"])
-    names = [each.name for each in layout.dimensions]
-    if names[-2:] != ["token", "channel"] or layout.dtype != "float32":
-        raise LayoutError(
-            f"{layout.describe()}: this packing is known for float32 only, with tokens and "
-            "channels innermost",
-            hint="only blocks of the same writer can be used for it",
-        )
-    values = strides | {"token": half, "channel": 1}
-    strides |= {"token": 1, "channel": sizes["token"]}
-    return half, (values, sizes["token"] * half)
-
-
-def _refuse_ranks(layout: BlockLayout) -> None:
-    shard = layout.shard
-    if not (0 <= shard.tensor_rank < shard.tensor_size) or not (
-        0 <= shard.pipeline_rank < shard.pipeline_size
-    ):
-        raise LayoutError(
-            f"{layout.describe()}: a rank is not below its size",
-            hint="ranks count from 0",
-        )
-    if all(each.name != "head" for each in layout.dimensions) and shard.tensor_size > 1:
-        raise LayoutError(
-            f"{layout.describe()}: there are no heads that {shard.tensor_size} workers could split",
-            hint="what every worker holds is stored once, as the whole",
-        )
-
-
 def _refuse_other_numbers(source: BlockLayout, target: BlockLayout) -> None:
     for what, ours, theirs in (
         ("element types", source.dtype, target.dtype),
@@ -243,7 +114,7 @@ def _refuse_other_numbers(source: BlockLayout, target: BlockLayout) -> None:
             )
 
 
-def _refuse_other_model(source: _Places, target: _Places) -> None:
+def _refuse_other_model(source: Places, target: Places) -> None:
     for what, ours, theirs in (
         ("layers of the model", source.layers_total, target.layers_total),
         ("KV heads of the model", source.heads_total, target.heads_total),
@@ -258,7 +129,7 @@ def _refuse_other_model(source: _Places, target: _Places) -> None:
             )
 
 
-def _refuse_gaps(parts: Sequence[tuple[range, range]], target: _Places) -> None:
+def _refuse_gaps(parts: Sequence[tuple[range, range]], target: Places) -> None:
     """Each (layer, head) of the target must come from exactly one source."""
     for index, (layers, heads) in enumerate(parts):
         for other_layers, other_heads in parts[:index]:
@@ -280,7 +151,7 @@ def _refuse_gaps(parts: Sequence[tuple[range, range]], target: _Places) -> None:
 
 
 def _copies(
-    source: _Places, target: _Places, layers: range, heads: range, tokens: int
+    source: Places, target: Places, layers: range, heads: range, tokens: int
 ) -> list[StridedCopy]:
     """Return the copies of these layers and heads, which both hold."""
     if not layers or not heads:
@@ -356,10 +227,12 @@ def _token_at(page_tokens: int, strides: dict[str, int], token: int) -> int:
     return page * strides["page"] + place * strides["token"]
 
 
-def _start(places: _Places, layers: range, heads: range) -> int:
-    return (layers.start - places.layers.start) * places.strides["layer"] + (
-        heads.start - places.heads.start
-    ) * places.strides["head"]
+def _start(places: Places, layers: range, heads: range) -> int:
+    return (
+        places.offset
+        + (layers.start - places.layers.start) * places.strides["layer"]
+        + (heads.start - places.heads.start) * places.strides["head"]
+    )
 
 
 def _copy(source_offset: int, target_offset: int, axes: Sequence[_Axis]) -> StridedCopy:

@@ -62,7 +62,7 @@ __all__ = [
     "split_hashes",
 ]
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 """Raised whenever a message changes; client and daemon must agree."""
 SPEED_MAX: Final = 1e18
 """Above any speed in tokens or bytes per second: more is refused, as is what is no number."""
@@ -109,6 +109,8 @@ class Hello(_Message, frozen=True):
     """What decides the numbers in its blocks."""
     replaces: int = 0
     """An earlier session of the same process that this one takes the place of; 0 for none."""
+    bridges: bool = False
+    """Whether the caller re-arranges its blocks if the daemon holds them in another layout."""
 
 
 class Fence(_Message, frozen=True):
@@ -245,6 +247,8 @@ class Welcome(_Message, frozen=True):
     """The host tier, to map."""
     family_key: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
     """Under which the caller makes tags of prompts and salts (`tokens.family`)."""
+    layout: BlockLayout
+    """The layout of the blocks in the arena; the caller's, unless it bridges."""
 
 
 class Found(_Message, frozen=True):

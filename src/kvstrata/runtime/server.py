@@ -24,6 +24,7 @@ from kvstrata.core.ids import HASH_BYTES, Holder, SequenceHash, SessionId, SlotI
 from kvstrata.manager import EngineSpeed, Manager
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.addresses import check_address, socket_path
+from kvstrata.runtime.holding import choose_layout, refuse_layout
 from kvstrata.runtime.node import Node
 from kvstrata.runtime.process import ProcessWatch
 from kvstrata.runtime.secret import node_secret
@@ -338,21 +339,18 @@ class NodeServer:
             model_key=model_key,
             arena=node.arena.address,
             family_key=family_key(self._secret),
+            layout=node.layout,
         )
 
     def _node_for(self, call: wire.Hello, caller: ProcessWatch) -> Node:
         if caller.ended():
             raise CallRefusedError(f"processes: process {caller.pid} is not running")
         if self._node is None:
+            held = choose_layout(self._config, call.layout) if call.bridges else call.layout
             self._node = Node(
-                self._config, call.layout, self.wake, self._secret, self._memory, self._mover.name
+                self._config, held, self.wake, self._secret, self._memory, self._mover.name
             )
-        elif self._node.layout != call.layout:
-            raise ConfigError(
-                f"layout: this daemon holds blocks of {self._node.layout.describe()}, the client "
-                f"has {call.layout.describe()}",
-                hint="start another daemon with its own address and directory for this layout",
-            )
+        refuse_layout(call.layout, self._node.layout, bridges=call.bridges)
         return self._node
 
     def _bye(self, session: SessionId) -> wire.Done:

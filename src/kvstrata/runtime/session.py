@@ -23,7 +23,7 @@ from kvstrata.core.config import NodeConfig
 from kvstrata.core.errors import CallRefusedError, ConfigError, DaemonError, DaemonGoneError
 from kvstrata.core.ids import SequenceHash
 from kvstrata.core.retention import BlockHint
-from kvstrata.layout import BlockLayout
+from kvstrata.layout import BlockLayout, check_bridge
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.addresses import check_address, socket_path
 from kvstrata.runtime.launch import PrivateDaemon
@@ -60,14 +60,21 @@ class Session:
         layout: BlockLayout,
         namespace: Namespace,
         limits: SessionLimits | None = None,
+        *,
+        bridges: bool = False,
     ) -> None:
-        """Remember where; nothing is started before `open`."""
+        """Remember where; nothing is started before `open`.
+
+        With `bridges` the owner of the session re-arranges its blocks wherever the daemon holds
+        another layout, which `welcome` names.
+        """
         self.layout = layout
         self.namespace = namespace
         self.epoch = 0
         self.welcome: wire.Welcome | None = None
         self._where = where
         self._limits = limits or SessionLimits()
+        self._bridges = bridges
         self._private: PrivateDaemon | None = None
         self._link: Link | None = None
         self._greeting: int | None = None
@@ -212,6 +219,7 @@ class Session:
             self.layout,
             self.namespace,
             self._last_session,
+            self._bridges,
         )
 
     def _address(self, *, wait: bool) -> str:
@@ -244,6 +252,7 @@ class Session:
 
     def _greet(self, welcome: wire.Welcome) -> None:
         assert self._link is not None
+        check_bridge(self.layout, welcome.layout)
         self._link.session = self._last_session = welcome.session
         self._link.watch(welcome.pid)
         self.welcome = welcome

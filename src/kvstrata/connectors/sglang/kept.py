@@ -16,6 +16,7 @@ from kvstrata.connectors.sglang.holds import Hold, Holds
 from kvstrata.connectors.sglang.hostpages import PageSpace
 from kvstrata.connectors.sglang.turns import Mapped, Turns
 from kvstrata.core.ids import LineageDigest
+from kvstrata.layout import BlockLayout
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.session import Session
 from kvstrata.tokens import sequence_hashes
@@ -73,6 +74,12 @@ class KeptPages:
     def daemon_pid(self) -> int:
         """The daemon's process, 0 while there is none."""
         return self._turns.session.daemon_pid
+
+    @property
+    def held_layout(self) -> BlockLayout | None:
+        """The layout that the daemon holds, None while there is none."""
+        welcome = self._turns.session.welcome
+        return welcome.layout if welcome else None
 
     @property
     def daemon_address(self) -> str:
@@ -252,7 +259,7 @@ class KeptPages:
             if mapped.generations[slot] != generation:
                 self.counters.torn += 1
                 return loaded
-            target.write(page, mapped.blocks[slot])
+            mapped.load(slot, target, page)
             if mapped.generations[slot] != generation:
                 self.counters.torn += 1
                 return loaded
@@ -271,5 +278,5 @@ class KeptPages:
             if time.monotonic() >= until:
                 self.counters.late += 1
                 return filled
-            source.read(pages[index], mapped.blocks[slot])
+            mapped.save(source, pages[index], slot)
         return len(pairs)

@@ -30,12 +30,13 @@ from kvstrata.connectors.sglang.engine import (
     check_pool_name,
     check_version,
     host_pages,
+    model_config,
     pool_geometry,
     server_arguments,
     shard_of,
 )
 from kvstrata.connectors.sglang.hostpages import Bytes, FlatPages, HostPages, page_numbers
-from kvstrata.connectors.sglang.identity import engine_namespace
+from kvstrata.connectors.sglang.identity import sglang_namespace
 from kvstrata.connectors.sglang.kept import KeptPages
 from kvstrata.connectors.sglang.keys import page_digests
 from kvstrata.connectors.sglang.settings import read_settings
@@ -84,14 +85,16 @@ class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untype
         geometry = pool_geometry(mem_pool_host)
         pages = host_pages(mem_pool_host, geometry)
         layout = geometry.block_layout(self._shard)
-        namespace = engine_namespace(
+        namespace = sglang_namespace(
             self._arguments,
             layout,
-            geometry.order,
-            self._settings.weights_revision,
+            model_config(self._arguments),
+            revision=self._settings.weights_revision,
+            name=self._settings.model_name,
         )
         where = self._settings.where(self._shard, replicated=self._replicated)
-        session = Session(where, layout, namespace, self._settings.session_limits)
+        limits = self._settings.session_limits
+        session = Session(where, layout, namespace, limits, bridges=True)
         kept = KeptPages(
             session,
             batch_timeout_s=self._settings.batch_timeout_s,
@@ -106,6 +109,8 @@ class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untype
             raise
         self._kept, self._pages = kept, pages
         log.info("kvstrata keeps pages of %s at %s", layout.describe(), kept.daemon_address)
+        if (held := kept.held_layout) not in {None, layout}:
+            log.info("kvstrata re-arranges them: its daemon holds %s", held.describe())
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """Refuse every pool but the KV's: a hit without the others' pages would be wrong."""

@@ -20,7 +20,9 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstrata.connectors.sglang.hostpages import PageSpace
 from kvstrata.core.errors import CallRefusedError, KvstrataError
+from kvstrata.layout import Bridge
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.session import Session
 from kvstrata.storage.arena import Arena
@@ -53,6 +55,26 @@ class Mapped:
     """Its slots, shape `(slots, block bytes)`."""
     generations: NDArray[np.uint64]
     """The generation of each slot."""
+    bridge: Bridge | None = None
+    """What re-arranges blocks, if the daemon holds them in another layout than the engine's."""
+
+    def load(self, slot: int, target: PageSpace, page: int) -> None:
+        """Copy a slot into a page."""
+        if self.bridge is None:
+            target.write(page, self.blocks[slot])
+            return
+        block = np.empty((1, self.bridge.own_bytes), np.uint8)
+        self.bridge.take(self.blocks, [slot], block)
+        target.write(page, block[0])
+
+    def save(self, source: PageSpace, page: int, slot: int) -> None:
+        """Copy a page into a slot."""
+        if self.bridge is None:
+            source.read(page, self.blocks[slot])
+            return
+        block = np.empty((1, self.bridge.own_bytes), np.uint8)
+        source.read(page, block[0])
+        self.bridge.give(block, self.blocks, [slot])
 
 
 @dataclass(slots=True)
@@ -142,7 +164,10 @@ class Turns:
         welcome = session.welcome
         assert welcome is not None, "a usable session has been welcomed"
         try:
-            arena = Arena.attach(welcome.arena, session.layout)
+            bridge = None
+            if welcome.layout != session.layout:
+                bridge = Bridge(session.layout, welcome.layout)
+            arena = Arena.attach(welcome.arena, welcome.layout)
         except KvstrataError as error:
             log.warning("kvstrata cannot map the daemon's arena: %s", error)
             return None
@@ -161,6 +186,7 @@ class Turns:
             arena,
             blocks,
             np.frombuffer(arena.generations, np.uint64),
+            bridge,
         )
         return self._mapped
 

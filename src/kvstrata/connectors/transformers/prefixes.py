@@ -15,6 +15,7 @@ from typing import Final, TypeAlias
 
 import torch
 
+from kvstrata.connectors.transformers.blocks import ArenaBlocks
 from kvstrata.core.errors import KvstrataError
 from kvstrata.core.ids import SequenceHash
 from kvstrata.layout import BlockLayout, Dimension
@@ -104,7 +105,7 @@ class Prefixes:
         self._names = map(str, itertools.count(1))
         self._epoch = 0
         self._arena: Arena | None = None
-        self._blocks: torch.Tensor | None = None  # [slots, layer, kv, head, token, channel]
+        self._blocks: ArenaBlocks | None = None
 
     def load(self, rows: Sequence[Sequence[int]], salt: str) -> tuple[int, Layers]:
         """Return how many leading tokens are kept of each of these equally long rows, and their KV.
@@ -213,15 +214,16 @@ class Prefixes:
         """Return `[rows, heads, tokens, channels]` of each layer, K and V."""
         assert self._blocks is not None
         geometry, count = self._geometry, len(slots[0])
+        blocks, places = self._blocks.take([slot for row in slots for slot in row])
         shape = len(slots), geometry.heads, count, self._block_tokens, geometry.channels
         layers = []
         for number, device in enumerate(geometry.devices):
             pair = []
             for kv in range(2):
                 whole = torch.empty(shape, dtype=geometry.dtype)
-                for row, places in enumerate(slots):
-                    for index, slot in enumerate(places):
-                        whole[row, :, index] = self._blocks[slot, number, kv]
+                for at, place in enumerate(places):
+                    row, index = divmod(at, count)
+                    whole[row, :, index] = blocks[place, number, kv]
                 pair.append(whole.flatten(2, 3).to(device))
             layers.append((pair[0], pair[1]))
         return layers
@@ -230,12 +232,14 @@ class Prefixes:
         """Fill the slots from the tokens of the blocks `indices` of one row."""
         assert self._blocks is not None
         size = self._block_tokens
+        blocks, places = self._blocks.room(slots)
         for number, pair in enumerate(layers):
             for kv, tensor in enumerate(pair):
                 near = tensor.detach().cpu()
-                for slot, index in zip(slots, indices, strict=True):
+                for place, index in zip(places, indices, strict=True):
                     tokens = near[:, index * size : (index + 1) * size]
-                    self._blocks[slot, number, kv] = tokens
+                    blocks[place, number, kv] = tokens
+        self._blocks.give(blocks, slots)
 
     def _intact(self, slots: Sequence[Sequence[int]], promised: Sequence[Sequence[int]]) -> int:
         """Return how many leading blocks of every row have the generations that were promised."""
@@ -284,25 +288,11 @@ class Prefixes:
             self._detach()
             welcome = self.session.welcome
             assert welcome is not None, "a usable session has been welcomed"
-            self._arena = Arena.attach(welcome.arena, self.session.layout)
-            self._blocks = self._view(self._arena)
+            own, held = self.session.layout, welcome.layout
+            self._arena = Arena.attach(welcome.arena, held)
+            self._blocks = ArenaBlocks(self._arena, own, held, self._geometry.dtype)
             self._epoch = self.session.epoch
         return True
-
-    def _view(self, arena: Arena) -> torch.Tensor:
-        grid, geometry = arena.grid, self._geometry
-        size = geometry.dtype.itemsize
-        shape = (
-            grid.slots, len(geometry.devices), 2,
-            geometry.heads, self._block_tokens, geometry.channels,
-        )  # fmt: skip
-        strides = [1]
-        for each in reversed(shape[2:]):
-            strides.insert(0, strides[0] * each)
-        flat = torch.frombuffer(arena.region.view, dtype=geometry.dtype)
-        return flat.as_strided(
-            shape, (grid.stride_bytes // size, *strides), grid.base_bytes // size
-        )
 
     def _detach(self) -> None:
         self._blocks = None

@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from kvstrata.layout import BlockLayout
 from kvstrata.storage.arena import ArenaAddress
 
 __all__ = ["LoadJob", "PageCopy", "SaveJob", "StepPlan", "StepReport", "WorkerProcess"]
@@ -79,6 +80,8 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped he
     """Requests to save from."""
     step: int = 0
     """Number of the step if it computes anything, to come back in its report."""
+    layout: BlockLayout | None = None
+    """The layout of the blocks in the arena; the engine's own, or one that is bridged."""
 
 
 @dataclass(slots=True)

@@ -178,6 +178,7 @@ class SchedulerHalf:
         # Last, since a call above may have lost the session.
         if self.session.welcome:
             plan.epoch, plan.arena = self.session.epoch, self.session.welcome.arena
+            plan.layout = self.session.welcome.layout
         return plan
 
     def take_report(self, report: StepReport) -> None:

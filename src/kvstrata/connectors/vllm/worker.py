@@ -3,6 +3,9 @@
 It makes no calls: the plan of each step says everything. A load is believed only if each slot
 has the promised generation before and after its copy; else its pages are reported as failed and
 vLLM computes them.
+
+Where the daemon holds blocks of another layout (another engine's, or other ranks') the copy goes
+through a buffer of whole blocks, which `layout.bridge` re-arranges; each worker moves its heads.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvstrata.connectors.vllm.bridged import BridgedPages
 from kvstrata.connectors.vllm.metadata import LoadJob, PageCopy, SaveJob, StepPlan, StepReport
 from kvstrata.core.errors import KvstrataError, LayoutError
-from kvstrata.layout import BlockLayout, PagedCache, page_view
+from kvstrata.layout import BlockLayout, Bridge, PagedCache, page_view, rank_part
 from kvstrata.storage.arena import Arena
 
 __all__ = ["WorkerHalf"]
@@ -36,6 +40,7 @@ class WorkerHalf:
         self._pages: list[NDArray[np.uint8]] = []
         self._arena: Arena | None = None
         self._blocks: NDArray[np.uint8] | None = None
+        self._bridged: BridgedPages | None = None  # in place of `_blocks`
         self._epoch = 0
         self._report = StepReport()
         self._failed_pages: set[int] = set()
@@ -99,7 +104,7 @@ class WorkerHalf:
 
     def close(self) -> None:
         """Unmap the arena."""
-        self._blocks = None
+        self._blocks = self._bridged = None
         if self._arena:
             self._arena.close()
             self._arena = None
@@ -132,12 +137,17 @@ class WorkerHalf:
     def _follow(self, plan: StepPlan) -> None:
         """Map the arena of a new epoch; while there is no daemon the old data is still right."""
         self._report.step = plan.step
-        if plan.arena is None or plan.epoch == self._epoch:
+        if plan.arena is None or plan.layout is None or plan.epoch == self._epoch:
             return
         self.close()
         self._epoch = plan.epoch
         try:
-            self._arena = Arena.attach(plan.arena, self._layout)
+            self._arena = Arena.attach(plan.arena, plan.layout)
+            if plan.layout != self._layout:
+                log.info("kvstrata re-arranges blocks of %s", plan.layout.describe())
+                bridge = Bridge(rank_part(self._layout, self._rank), plan.layout)
+                self._bridged = BridgedPages(bridge, self._arena, self._cache, self._pages)
+                return
         except KvstrataError as error:
             log.warning("kvstrata cannot map the daemon's arena: %s", error)
             return
@@ -151,20 +161,27 @@ class WorkerHalf:
             (grid.stride_bytes, places * cache.page_bytes, cache.page_bytes, 1),
         )
 
+    @property
+    def _mapped(self) -> bool:
+        return self._blocks is not None or self._bridged is not None
+
     def _load(self, job: LoadJob) -> Sequence[int]:
         """Copy; return the engine pages whose bytes must not be used."""
         copy = job.copy
         if not copy.pages:
             return []
-        if self._blocks is None or self._arena is None or job.epoch != self._epoch:
+        if self._arena is None or not self._mapped or job.epoch != self._epoch:
             return copy.pages
         generations = self._arena.generations
         good = [
             generations[slot] == generation
             for slot, generation in zip(copy.slots, job.generations, strict=True)
         ]
-        for layer, pages in enumerate(self._pages):
-            pages[copy.pages] = self._blocks[copy.slots, layer, copy.places]
+        if self._bridged:
+            self._bridged.load(copy)
+        elif self._blocks is not None:
+            for layer, pages in enumerate(self._pages):
+                pages[copy.pages] = self._blocks[copy.slots, layer, copy.places]
         return [
             page
             for page, slot, generation, was_good in zip(
@@ -174,9 +191,12 @@ class WorkerHalf:
         ]
 
     def _save(self, job: SaveJob) -> bool:
-        if self._blocks is None or job.epoch != self._epoch:
+        if not self._mapped or job.epoch != self._epoch:
             return False
         copy: PageCopy = job.copy
+        if self._bridged:
+            return self._bridged.save(copy)
+        assert self._blocks is not None
         for layer, pages in enumerate(self._pages):
             self._blocks[copy.slots, layer, copy.places] = pages[copy.pages]
         return True
