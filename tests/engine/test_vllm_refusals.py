@@ -138,11 +138,6 @@ def test_tensor_of_another_type_is_refused(engine_on, monkeypatch):
     assert "elements of int32, not float32" in said
 
 
-def test_quantised_cache_is_refused(engine_on):
-    said = _refusal(engine_on, {"tiers": "host:64MiB"}, LayoutError, kv_cache_dtype="fp8")
-    assert "KV cache" in said
-
-
 def test_untested_vllm_is_refused(engine_on, monkeypatch):
     from kvstrata.connectors.vllm import geometry
 

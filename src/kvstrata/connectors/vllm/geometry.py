@@ -13,10 +13,18 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-__all__ = ["TESTED_VERSIONS", "paged_cache"]
+__all__ = ["FP8_TENSORS", "TESTED_VERSIONS", "paged_cache"]
 
 TESTED_VERSIONS: Final = ("0.32",)
 """vLLM releases, by their first two numbers, that the engine tests run against."""
+FP8_TENSORS: Final = "uint8"
+"""Element type of the tensors in which vLLM keeps 8-bit floats."""
+_FP8_KINDS: Final = {
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}
+_FP8_PER_TENSOR: Final = 1  # vLLM's KVQuantMode: constant scales, which come with the weights
 
 
 def paged_cache(config: VllmConfig, kv_cache_config: KVCacheConfig) -> PagedCache:
@@ -34,16 +42,22 @@ def paged_cache(config: VllmConfig, kv_cache_config: KVCacheConfig) -> PagedCach
             hint="hybrid models are not supported yet; run this model without the connector",
         )
     spec: Any = groups[0].kv_cache_spec
-    _refuse_spec(spec)
+    cache_dtype = str(config.cache_config.cache_dtype)
+    _refuse_spec(spec, cache_dtype)
     return PagedCache(
         layers=len(groups[0].layer_names),
         heads=spec.num_kv_heads,
         page_tokens=spec.block_size,
         channels=spec.head_size + spec.head_size_v,
-        dtype=str(spec.dtype).removeprefix("torch."),
+        dtype=_dtype(spec, cache_dtype),
         ranks=config.parallel_config.tensor_parallel_size,
         packing=_packing(config, spec),
     )
+
+
+def _dtype(spec: Any, cache_dtype: str) -> str:
+    """Return what the cache's elements are; vLLM's tensors of 8-bit floats only say `uint8`."""
+    return _FP8_KINDS.get(cache_dtype, str(spec.dtype).removeprefix("torch."))
 
 
 def _packing(config: VllmConfig, spec: Any) -> str:
@@ -87,8 +101,12 @@ def _refuse_parallel(config: VllmConfig) -> None:
         )
 
 
-def _refuse_spec(spec: Any) -> None:
+def _refuse_spec(spec: Any, cache_dtype: str) -> None:
     kind = type(spec).__name__
+    quantised = int(spec.__dict__.get("kv_quant_mode", 0))
+    # Per-tensor scales are numbers of the weights, which the namespace names. vLLM 0.32 measures
+    # none while it runs; other modes keep scales in the page, or a scale for each token.
+    known = quantised == (_FP8_PER_TENSOR if cache_dtype in _FP8_KINDS else 0)
     # A subclass (MLA, sink, sparse) stores other bytes: only this very class is known.
     odd = {
         "kind": kind != "FullAttentionSpec" and kind,
@@ -98,7 +116,7 @@ def _refuse_spec(spec: Any) -> None:
         "num_head_slots": spec.__dict__.get("num_head_slots"),
         "state_content_bytes": spec.__dict__.get("state_content_bytes"),
         "tokens_per_state": spec.__dict__.get("tokens_per_state", 1) != 1,
-        "kv_quant_mode": int(spec.__dict__.get("kv_quant_mode", 0)),
+        "kv_cache_dtype": not known and cache_dtype,
     }
     found = {name: value for name, value in odd.items() if value}
     if found:

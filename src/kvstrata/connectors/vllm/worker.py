@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvstrata.connectors.vllm.geometry import FP8_TENSORS
 from kvstrata.connectors.vllm.metadata import LoadJob, PageCopy, SaveJob, StepPlan, StepReport
 from kvstrata.core.errors import KvstrataError, LayoutError
 from kvstrata.layout import BlockLayout, PagedCache, page_view
@@ -114,9 +115,11 @@ class WorkerHalf:
                 hint="run vLLM's CPU platform, or run without the connector",
             )
         dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype != self._cache.dtype:
+        is_fp8 = self._cache.dtype.startswith("float8")
+        expected = FP8_TENSORS if is_fp8 else self._cache.dtype
+        if dtype != expected:
             raise LayoutError(
-                f"layer {name!r} has elements of {dtype}, not {self._cache.dtype}",
+                f"layer {name!r} has elements of {dtype}, not {expected}",
                 hint="this engine's KV layout is unknown to kvstrata; run without the connector",
             )
         pages, stride = page_view(self._cache, tensor.shape, tensor.stride(), name=name)
