@@ -10,6 +10,8 @@ import pytest
 from kvstrata.layout import (
     BlockLayout,
     Dimension,
+    GroupedCache,
+    LayerGroup,
     PagedCache,
     apply_transform,
     plan_transform,
@@ -31,6 +33,11 @@ PLAIN = BlockLayout(
 )  # fmt: skip
 
 
+def grouped(cache):
+    """The engine's one group, of all layers."""
+    return GroupedCache((LayerGroup(cache, tuple(range(LAYERS))),))
+
+
 def caches(cache, seed):
     """Tensors of each layer, as vLLM registers them."""
     import torch
@@ -47,8 +54,11 @@ def workers(cache, arena, seed):
 
     made = []
     for rank in range(cache.ranks):
-        half, layers = WorkerHalf(cache, cache.block_layout(TOKENS)), caches(cache, seed + rank)
-        half.register(layers, list(layers), rank)
+        half, layers = (
+            WorkerHalf(grouped(cache), cache.block_layout(TOKENS)),
+            caches(cache, seed + rank),
+        )
+        half.register(layers, [list(layers)], rank)
         half.load(StepPlan(epoch=1, arena=arena.address, layout=PLAIN))
         made.append(SimpleNamespace(half=half, layers=layers))
     return made
@@ -59,7 +69,7 @@ def plan(arena, slots, pages, kind):
     from kvstrata.connectors.vllm.metadata import LoadJob, PageCopy, SaveJob, StepPlan
 
     rows = [slot for slot in slots for _ in range(2)]
-    copy = PageCopy(rows, [0, 1] * len(slots), pages)
+    copy = PageCopy(rows, [0, 1] * len(slots), pages, [0] * len(rows))
     step = StepPlan(epoch=1, arena=arena.address, layout=PLAIN)
     if kind == "save":
         step.saves.append(SaveJob("s", 1, copy, slots))
@@ -143,8 +153,8 @@ def test_a_layout_that_cannot_be_bridged_maps_nothing(arena, caplog):
     from kvstrata.connectors.vllm.worker import WorkerHalf
 
     cache = PagedCache(LAYERS, HEADS, PAGE, 2 * CHANNELS, "float32", "amx")
-    half, layers = WorkerHalf(cache, cache.block_layout(TOKENS)), caches(cache, 1)
-    half.register(layers, list(layers), 0)
+    half, layers = WorkerHalf(grouped(cache), cache.block_layout(TOKENS)), caches(cache, 1)
+    half.register(layers, [list(layers)], 0)
     half.save(plan(arena, [5], [3, 0], "save"))
     assert len(half.take_report().unsaved) == 1
     assert "cannot map" in caplog.text

@@ -2,6 +2,7 @@
 
 from kvstrata.layout.block import BlockLayout, Dimension, Shard, parse_layout
 from kvstrata.layout.bridge import Bridge, check_bridge
+from kvstrata.layout.grouped import GroupedCache, LayerGroup, LayerRun
 from kvstrata.layout.paged import PagedCache, page_view
 from kvstrata.layout.places import model_geometry, rank_part
 from kvstrata.layout.transform import StridedCopy, apply_transform, plan_gather, plan_transform
@@ -10,6 +11,9 @@ __all__ = [
     "BlockLayout",
     "Bridge",
     "Dimension",
+    "GroupedCache",
+    "LayerGroup",
+    "LayerRun",
     "PagedCache",
     "Shard",
     "StridedCopy",

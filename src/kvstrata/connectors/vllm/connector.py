@@ -15,10 +15,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvstrata.connectors.vllm.geometry import paged_cache
+from kvstrata.connectors.vllm.geometry import engine_cache
 from kvstrata.connectors.vllm.identity import vllm_namespace
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
@@ -42,7 +44,7 @@ __all__ = ["KvstrataConnector"]
 log = logging.getLogger("kvstrata.vllm")
 
 
-class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is untyped here
+class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vLLM is untyped
     """Serves a vLLM engine from KV blocks kept in kvstrata's tiers.
 
     Raises ConfigError at start for settings, layouts and engines that it does not know.
@@ -54,7 +56,7 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
         """Check everything that can be checked; the scheduler half reaches its daemon."""
         super().__init__(vllm_config, role, kv_cache_config)
         settings = read_settings(self._kv_transfer_config.kv_connector_extra_config)
-        cache = paged_cache(vllm_config, kv_cache_config)
+        cache = engine_cache(vllm_config, kv_cache_config)
         layout = cache.block_layout(settings.block_tokens_for(cache.page_tokens))
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
@@ -65,7 +67,9 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
         namespace = vllm_namespace(
             vllm_config, layout, revision=settings.weights_revision, name=settings.model_name
         )
-        session = Session(settings.where, layout, namespace, settings.session_limits, bridges=True)
+        session = Session(
+            settings.where, layout, namespace, settings.session_limits, bridges=cache.is_whole
+        )
         session.open()
         self._scheduler = SchedulerHalf(
             session,
@@ -155,6 +159,13 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
         assert self._scheduler is not None
         return False, self._scheduler.finished(request)
 
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Let go of a request, as `request_finished`, whatever its groups."""
+        del block_ids
+        return self.request_finished(request, [])
+
     def reset_cache(self) -> bool | None:
         """Forget every kept block."""
         return self._scheduler.clear() if self._scheduler else None
@@ -164,8 +175,8 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Check and take the engine's caches; raises LayoutError for unknown ones."""
         assert self._worker is not None
-        (group,) = self._kv_cache_config.kv_cache_groups
-        self._worker.register(kv_caches, group.layer_names, get_tensor_model_parallel_rank())
+        names = [group.layer_names for group in self._kv_cache_config.kv_cache_groups]
+        self._worker.register(kv_caches, names, get_tensor_model_parallel_rank())
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Carry out the step's loads."""
@@ -195,6 +206,14 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
         del finished_req_ids
         assert self._worker is not None
         return None, self._worker.take_loaded() or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Return the requests whose load ended, and those of them that must compute everything."""
+        assert self._worker is not None
+        _, loaded = self.get_finished(finished_req_ids)
+        return KVConnectorTransferResults(
+            finished_recving=loaded or set(), failed_recving=self._worker.take_failed_requests()
+        )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the pages that must be computed after all."""

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import re
+from typing import TYPE_CHECKING, Any, Final
 
 import vllm
 
 from kvstrata.connectors.versions import refuse_untested
 from kvstrata.core.errors import LayoutError
-from kvstrata.layout import PagedCache
+from kvstrata.layout import GroupedCache, LayerGroup, PagedCache
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-__all__ = ["paged_cache"]
+__all__ = ["FP8_TENSORS", "engine_cache"]
+
+FP8_TENSORS: Final = "uint8"
+"""Element type of the tensors in which vLLM keeps 8-bit floats."""
+_FP8_KINDS: Final = {
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}
+_FP8_PER_TENSOR: Final = 1  # vLLM's KVQuantMode: constant scales, which come with the weights
 
 
-def paged_cache(config: VllmConfig, kv_cache_config: KVCacheConfig) -> PagedCache:
+def engine_cache(config: VllmConfig, kv_cache_config: KVCacheConfig) -> GroupedCache:
     """Return the geometry of the engine's cache.
 
     Raises LayoutError for anything that this version does not know to be right.
@@ -25,23 +35,37 @@ def paged_cache(config: VllmConfig, kv_cache_config: KVCacheConfig) -> PagedCach
     refuse_untested("vllm", vllm.__version__)
     _refuse_parallel(config)
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
-        raise LayoutError(
-            f"the model has {len(groups)} KV cache groups ({kinds}), kvstrata serves one",
-            hint="hybrid models are not supported yet; run this model without the connector",
-        )
-    spec: Any = groups[0].kv_cache_spec
-    _refuse_spec(spec)
-    return PagedCache(
-        layers=len(groups[0].layer_names),
+    names = sorted((name for group in groups for name in group.layer_names), key=_layer_order)
+    places = {name: place for place, name in enumerate(names)}
+    return GroupedCache(tuple(_group(config, group, places) for group in groups))
+
+
+def _layer_order(name: str) -> tuple[list[int], str]:
+    """Sort `model.layers.10...` behind `model.layers.9...`."""
+    return [int(number) for number in re.findall(r"\d+", name)], name
+
+
+def _group(config: VllmConfig, group: KVCacheGroupSpec, places: dict[str, int]) -> LayerGroup:
+    spec: Any = group.kv_cache_spec
+    cache_dtype = str(config.cache_config.cache_dtype)
+    _refuse_group(group)
+    _refuse_spec(spec, cache_dtype)
+    cache = PagedCache(
+        layers=len(group.layer_names),
         heads=spec.num_kv_heads,
         page_tokens=spec.block_size,
         channels=spec.head_size + spec.head_size_v,
-        dtype=str(spec.dtype).removeprefix("torch."),
+        dtype=_dtype(spec, cache_dtype),
         ranks=config.parallel_config.tensor_parallel_size,
         packing=_packing(config, spec),
     )
+    window = spec.sliding_window if type(spec).__name__ == "SlidingWindowSpec" else 0
+    return LayerGroup(cache, tuple(places[name] for name in group.layer_names), window)
+
+
+def _dtype(spec: Any, cache_dtype: str) -> str:
+    """Return what the cache's elements are; vLLM's tensors of 8-bit floats only say `uint8`."""
+    return _FP8_KINDS.get(cache_dtype, str(spec.dtype).removeprefix("torch."))
 
 
 def _packing(config: VllmConfig, spec: Any) -> str:
@@ -76,22 +100,42 @@ def _refuse_parallel(config: VllmConfig) -> None:
         )
 
 
-def _refuse_spec(spec: Any) -> None:
-    kind = type(spec).__name__
-    # A subclass (MLA, sink, sparse) stores other bytes: only this very class is known.
+def _refuse_group(group: KVCacheGroupSpec) -> None:
     odd = {
-        "kind": kind != "FullAttentionSpec" and kind,
-        "sliding_window": spec.__dict__.get("sliding_window"),
+        "is_eagle_group": group.is_eagle_group,
+        "host_resident": group.host_resident,
+        "enable_kv_transfer": not group.enable_kv_transfer,
+    }
+    found = [name for name, value in odd.items() if value]
+    if found:
+        raise LayoutError(
+            f"a KV cache group of the model has another {found[0]} than kvstrata knows",
+            hint="run this model without the connector",
+        )
+
+
+def _refuse_spec(spec: Any, cache_dtype: str) -> None:
+    kind = type(spec).__name__
+    quantised = int(spec.__dict__.get("kv_quant_mode", 0))
+    # Per-tensor scales are numbers of the weights, which the namespace names. vLLM 0.32 measures
+    # none while it runs; other modes keep scales in the page, or a scale for each token.
+    known = quantised == (_FP8_PER_TENSOR if cache_dtype in _FP8_KINDS else 0)
+    # A subclass (MLA, sink, sparse) stores other bytes: only these very classes are known. Where
+    # vLLM runs without its hybrid cache manager, full attention may have a window: it keeps all.
+    odd = {
+        "kind": kind not in {"FullAttentionSpec", "SlidingWindowSpec"} and kind,
+        "extra_retained_tokens": spec.__dict__.get("extra_retained_tokens"),
+        "non_causal": spec.__dict__.get("non_causal"),
         "attention_chunk_size": spec.__dict__.get("attention_chunk_size"),
         "page_size_padded": spec.__dict__.get("page_size_padded"),
         "num_head_slots": spec.__dict__.get("num_head_slots"),
         "state_content_bytes": spec.__dict__.get("state_content_bytes"),
         "tokens_per_state": spec.__dict__.get("tokens_per_state", 1) != 1,
-        "kv_quant_mode": int(spec.__dict__.get("kv_quant_mode", 0)),
+        "kv_cache_dtype": not known and cache_dtype,
     }
     found = {name: value for name, value in odd.items() if value}
     if found:
         raise LayoutError(
             f"the model's KV cache is {kind} with {found}, which kvstrata does not know",
-            hint="only plain full attention is supported yet; run without the connector",
+            hint="only full attention and sliding windows are supported; run without the connector",
         )

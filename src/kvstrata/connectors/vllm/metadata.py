@@ -34,6 +34,8 @@ class PageCopy:
     """Position of each page within its block."""
     pages: list[int]
     """The engine's page index."""
+    groups: list[int] = field(default_factory=list)
+    """Index of each page's cache group."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvstrata.connectors.speeds import CopyMeter, PrefillMeter
+from kvstrata.connectors.vllm.grouped import first_complete, load_copy, save_copy
 from kvstrata.connectors.vllm.hints import RequestHints, hints_for, read_hints
-from kvstrata.connectors.vllm.metadata import LoadJob, PageCopy, SaveJob, StepPlan, StepReport
+from kvstrata.connectors.vllm.metadata import LoadJob, SaveJob, StepPlan, StepReport
 from kvstrata.core.errors import CallRefusedError, DaemonError
 from kvstrata.core.ids import SequenceHash
-from kvstrata.layout import BlockLayout, PagedCache
+from kvstrata.layout import BlockLayout, GroupedCache
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.session import Session
 from kvstrata.tokens import NamespaceKey, PromptLineage, sequence_hashes
@@ -52,6 +53,8 @@ class _Tracked:
     ready_blocks: int = 0
     holding: bool = False  # the daemon holds blocks for it
     loading: bool = False  # its load was given to the worker and has not ended
+    load_tokens: int = 0  # what that load is for
+    load_failed: bool = False  # it is computed: asked again it might fail for ever
     finished: bool = False
     staged: dict[str, int] = field(default_factory=dict)  # tokens of its load, by lower tier
     tokens_from: dict[str, int] = field(default_factory=lambda: {"host": 0, "disk": 0})
@@ -63,7 +66,7 @@ class SchedulerHalf:
     def __init__(
         self,
         session: Session,
-        cache: PagedCache,
+        cache: GroupedCache,
         layout: BlockLayout,
         *,
         enabled: bool,
@@ -76,7 +79,7 @@ class SchedulerHalf:
         self.session = session
         self._tenant = tenant
         self._block_tokens = layout.block_tokens
-        self._places = cache.pages_per_block(layout.block_tokens)
+        self._cache = cache
         self._page_tokens = cache.page_tokens
         self._workers = cache.ranks
         self._enabled = enabled
@@ -110,9 +113,13 @@ class SchedulerHalf:
         tracked.ready_blocks = 0
         if not self._enabled or not tracked.usable or not self._ready():
             return 0
-        if request.skip_reading_prefix_cache:  # vLLM would not use what we find
+        # vLLM would not use what we find, or it could not be used before.
+        if request.skip_reading_prefix_cache or tracked.load_failed:
             return 0
-        hashes = self._hashes(tracked, request.num_tokens)
+        # Of a prompt that is there whole vLLM computes the last token, whose window may begin a
+        # page before that of the token behind it.
+        spared = 0 if self._cache.is_whole else 1
+        hashes = self._hashes(tracked, request.num_tokens - spared)
         if len(hashes) * self._block_tokens <= local_tokens:
             return 0
         try:
@@ -138,26 +145,22 @@ class SchedulerHalf:
             if not tracked.loading:
                 self._release([tracked])
             return
-        (pages,) = blocks.get_block_ids()
-        first = tracked.local_tokens // self._page_tokens
-        last = (tracked.local_tokens + external_tokens) // self._page_tokens
+        tokens = range(tracked.local_tokens, tracked.local_tokens + external_tokens)
         slots, generations, staged = self._acquire(tracked)
-        wanted = [
-            (slots[page // self._places], page % self._places, pages[page])
-            for page in range(first, last)
-            if page // self._places < len(slots)
-        ]
-        copy = PageCopy(*map(list, zip(*wanted, strict=True))) if wanted else PageCopy([], [], [])
-        reached = first + len(wanted)
+        copy, lost = load_copy(
+            self._cache, self._block_tokens, blocks.get_block_ids(), tokens, slots
+        )
+        promised = dict(zip(slots, generations, strict=True))
         tracked.loading = True
+        tracked.load_tokens = external_tokens
         tracked.staged = {tier: n * self._block_tokens for tier, n in staged.items()}
         self._loads.append(
             LoadJob(
                 request=request.request_id,
                 epoch=tracked.epoch,
                 copy=copy,
-                generations=[generations[page // self._places] for page in range(first, reached)],
-                lost_pages=pages[reached:last],
+                generations=[promised[slot] for slot in copy.slots],
+                lost_pages=lost,
             )
         )
 
@@ -195,6 +198,7 @@ class SchedulerHalf:
             tracked = self._requests.get(request_id)
             if tracked:
                 tracked.loading = False
+                tracked.load_failed = not good_pages
                 self._count(tracked, good_pages)
                 done.append(tracked)
         self._release(done)
@@ -268,6 +272,8 @@ class SchedulerHalf:
     def _count(self, tracked: _Tracked, good_pages: int) -> None:
         """Add what a load has brought to the request's account."""
         tokens = good_pages * self._page_tokens
+        if not self._cache.is_whole:  # all or nothing, with as many pages as the windows need
+            tokens = tracked.load_tokens if good_pages else 0
         for tier, staged in tracked.staged.items():
             counted = min(staged, tokens)
             tracked.tokens_from[tier] = tracked.tokens_from.get(tier, 0) + counted
@@ -353,7 +359,14 @@ class SchedulerHalf:
         hashes = self._hashes(tracked, computed)
         if len(hashes) < last:
             return
-        first = tracked.saved_blocks
+        state = output.kv_connector_block_state
+        tables = state.get_block_ids(request.request_id) if state else None
+        if tables is None:
+            return
+        first = first_complete(self._cache, self._block_tokens, tables, tracked.saved_blocks, last)
+        if first == last:
+            tracked.saved_blocks = last
+            return
         parent = hashes[first - 1] if first else None
         try:
             hints = hints_for(tracked.hints.retention, self._block_tokens, first, last)
@@ -366,25 +379,10 @@ class SchedulerHalf:
             self._note(error)
             return
         tracked.saved_blocks = last
-        state = output.kv_connector_block_state
-        found = state.get_block_ids(request.request_id) if state and reserved.slots else None
-        if found:
-            (pages,) = found
+        if reserved.slots:
             blocks = [first + index for index in reserved.indices]
-            copy = self._block_pages(blocks, reserved.slots, pages)
+            copy = save_copy(self._cache, self._block_tokens, tables, blocks, reserved.slots)
             plan.saves.append(SaveJob(tracked.name, tracked.epoch, copy, reserved.slots))
-        elif reserved.slots:
-            self._tell(tracked.epoch, wire.Abort(tracked.name, reserved.slots))
-
-    def _block_pages(
-        self, blocks: Sequence[int], slots: Sequence[int], pages: Sequence[int]
-    ) -> PageCopy:
-        places = range(self._places)
-        return PageCopy(
-            slots=[slot for slot in slots for _ in places],
-            places=[place for _ in slots for place in places],
-            pages=[pages[block * self._places + place] for block in blocks for place in places],
-        )
 
     def _release(self, tracked: Sequence[_Tracked]) -> None:
         held = [each for each in tracked if each.holding]

@@ -3,9 +3,6 @@
 It makes no calls: the plan of each step says everything. A load is believed only if each slot
 has the promised generation before and after its copy; else its pages are reported as failed and
 vLLM computes them.
-
-Where the daemon holds blocks of another layout (another engine's, or other ranks') the copy goes
-through a buffer of whole blocks, which `layout.bridge` re-arranges; each worker moves its heads.
 """
 
 from __future__ import annotations
@@ -19,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from kvstrata.connectors.vllm.bridged import BridgedPages
-from kvstrata.connectors.vllm.metadata import LoadJob, PageCopy, SaveJob, StepPlan, StepReport
+from kvstrata.connectors.vllm.geometry import FP8_TENSORS
+from kvstrata.connectors.vllm.grouped import GroupedPages
+from kvstrata.connectors.vllm.metadata import LoadJob, SaveJob, StepPlan, StepReport
 from kvstrata.core.errors import KvstrataError, LayoutError
-from kvstrata.layout import BlockLayout, Bridge, PagedCache, page_view, rank_part
+from kvstrata.layout import BlockLayout, Bridge, GroupedCache, PagedCache, page_view, rank_part
 from kvstrata.storage.arena import Arena
 
 __all__ = ["WorkerHalf"]
@@ -32,35 +31,44 @@ log = logging.getLogger("kvstrata.vllm")
 class WorkerHalf:
     """Owner: the engine's model runner thread."""
 
-    def __init__(self, cache: PagedCache, layout: BlockLayout) -> None:
+    def __init__(self, cache: GroupedCache, layout: BlockLayout) -> None:
         """Remember the geometry that the caches must have."""
         self._cache = cache
         self._layout = layout
         self._rank = 0
-        self._pages: list[NDArray[np.uint8]] = []
+        self._pages: list[list[NDArray[np.uint8]]] = []  # of each group
         self._arena: Arena | None = None
-        self._blocks: NDArray[np.uint8] | None = None
-        self._bridged: BridgedPages | None = None  # in place of `_blocks`
+        self._blocks: GroupedPages | BridgedPages | None = None
         self._epoch = 0
         self._report = StepReport()
         self._failed_pages: set[int] = set()
+        self._failed_requests: set[str] = set()
 
-    def register(self, caches: dict[str, torch.Tensor], layer_names: list[str], rank: int) -> None:
-        """Take the caches of this rank; raises LayoutError unless each is exactly as expected."""
+    def register(
+        self, caches: dict[str, torch.Tensor], layer_names: list[list[str]], rank: int
+    ) -> None:
+        """Take the caches of this rank, `layer_names` for each group.
+
+        Raises LayoutError unless each is exactly as expected.
+        """
         if not 0 <= rank < self._cache.ranks:
             raise LayoutError(
                 f"this worker has rank {rank} of {self._cache.ranks} that split the heads",
                 hint="this engine is unknown to kvstrata; run without the connector",
             )
         self._rank = rank
-        if set(caches) != set(layer_names):
-            odd = sorted(set(caches) ^ set(layer_names))[:3]
+        known = {name for names in layer_names for name in names}
+        if set(caches) != known:
+            odd = sorted(set(caches) ^ known)[:3]
             raise LayoutError(
                 f"the engine registered other layers than it configured, such as {odd}",
                 hint="this engine's KV layout is unknown to kvstrata; run without the connector",
             )
-        self._pages = [self._view(name, caches[name]) for name in layer_names]
-        if len({len(pages) for pages in self._pages}) != 1:
+        self._pages = [
+            [_view(group.cache, name, caches[name]) for name in names]
+            for group, names in zip(self._cache.groups, layer_names, strict=True)
+        ]
+        if len({len(pages) for layers in self._pages for pages in layers}) != 1:
             raise LayoutError(
                 "layers have different numbers of pages",
                 hint="this engine's KV layout is unknown to kvstrata; run without the connector",
@@ -73,12 +81,15 @@ class WorkerHalf:
             began = time.perf_counter()
             failed = self._load(job)
             if not failed:
-                size = len(job.copy.pages) * self._cache.page_bytes * self._cache.layers
-                self._report.copied_bytes += size
+                self._report.copied_bytes += self._copied_bytes(job)
                 self._report.copied_s += time.perf_counter() - began
-            self._failed_pages.update(job.lost_pages, failed)
             # vLLM computes from the first failed page on, whatever lies behind it.
             good = min(map(job.copy.pages.index, failed), default=len(job.copy.pages))
+            if self._cache.is_whole:
+                self._failed_pages.update(job.lost_pages, failed)
+            elif job.lost_pages or failed:  # a shorter prefix would need other pages of a window
+                self._failed_requests.add(job.request)
+                good = 0
             self._report.loaded[job.request] = good
 
     def save(self, plan: StepPlan) -> None:
@@ -96,6 +107,11 @@ class WorkerHalf:
         failed, self._failed_pages = self._failed_pages, set()
         return failed
 
+    def take_failed_requests(self) -> set[str]:
+        """Return the requests, since the last call, of whose load nothing can be used."""
+        failed, self._failed_requests = self._failed_requests, set()
+        return failed
+
     def take_report(self) -> StepReport | None:
         """Return what was done since the last call, None if nothing was."""
         report, self._report = self._report, StepReport()
@@ -104,35 +120,12 @@ class WorkerHalf:
 
     def close(self) -> None:
         """Unmap the arena."""
-        self._blocks = self._bridged = None
+        self._blocks = None
         if self._arena:
             self._arena.close()
             self._arena = None
 
     # -- private -------------------------------------------------------------------------------
-
-    def _view(self, name: str, tensor: torch.Tensor) -> NDArray[np.uint8]:
-        """Return one layer as `[pages, page bytes]`, sharing the engine's memory."""
-        if tensor.device.type != "cpu":
-            raise LayoutError(
-                f"layer {name!r} is on {tensor.device}; this version copies from CPU caches only",
-                hint="run vLLM's CPU platform, or run without the connector",
-            )
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype != self._cache.dtype:
-            raise LayoutError(
-                f"layer {name!r} has elements of {dtype}, not {self._cache.dtype}",
-                hint="this engine's KV layout is unknown to kvstrata; run without the connector",
-            )
-        pages, stride = page_view(self._cache, tensor.shape, tensor.stride(), name=name)
-        flat = torch.tensor([], dtype=torch.uint8).set_(
-            tensor.untyped_storage(),
-            tensor.storage_offset() * tensor.element_size(),
-            (pages, self._cache.page_bytes),
-            (stride, 1),
-        )
-        view: NDArray[np.uint8] = flat.numpy()
-        return view
 
     def _follow(self, plan: StepPlan) -> None:
         """Map the arena of a new epoch; while there is no daemon the old data is still right."""
@@ -143,45 +136,37 @@ class WorkerHalf:
         self._epoch = plan.epoch
         try:
             self._arena = Arena.attach(plan.arena, plan.layout)
-            if plan.layout != self._layout:
-                log.info("kvstrata re-arranges blocks of %s", plan.layout.describe())
-                bridge = Bridge(rank_part(self._layout, self._rank), plan.layout)
-                self._bridged = BridgedPages(bridge, self._arena, self._cache, self._pages)
-                return
+            self._blocks = self._copier(self._arena, plan.layout)
         except KvstrataError as error:
             log.warning("kvstrata cannot map the daemon's arena: %s", error)
-            return
-        grid, cache = self._arena.grid, self._cache
-        places = self._layout.block_tokens // cache.page_tokens
-        self._blocks = np.ndarray(
-            (grid.slots, cache.layers, places, cache.page_bytes),
-            np.uint8,
-            self._arena.region.view,
-            grid.base_bytes + self._rank * (self._layout.block_bytes // cache.ranks),
-            (grid.stride_bytes, places * cache.page_bytes, cache.page_bytes, 1),
+
+    def _copier(self, arena: Arena, held: BlockLayout) -> GroupedPages | BridgedPages:
+        """Return what copies between the engine's pages and blocks of the layout `held`."""
+        if held == self._layout:
+            return GroupedPages(self._cache, held, self._pages, arena, self._rank)
+        log.info("kvstrata re-arranges blocks of %s", held.describe())
+        (group,), (pages,) = self._cache.groups, self._pages  # only such caches ask for a bridge
+        return BridgedPages(
+            Bridge(rank_part(self._layout, self._rank), held), arena, group.cache, pages
         )
 
-    @property
-    def _mapped(self) -> bool:
-        return self._blocks is not None or self._bridged is not None
+    def _copied_bytes(self, job: LoadJob) -> int:
+        sizes = [group.cache.page_bytes * group.cache.layers for group in self._cache.groups]
+        return sum(sizes[group] for group in job.copy.groups)
 
     def _load(self, job: LoadJob) -> Sequence[int]:
         """Copy; return the engine pages whose bytes must not be used."""
         copy = job.copy
         if not copy.pages:
             return []
-        if self._arena is None or not self._mapped or job.epoch != self._epoch:
+        if self._blocks is None or self._arena is None or job.epoch != self._epoch:
             return copy.pages
         generations = self._arena.generations
         good = [
             generations[slot] == generation
             for slot, generation in zip(copy.slots, job.generations, strict=True)
         ]
-        if self._bridged:
-            self._bridged.load(copy)
-        elif self._blocks is not None:
-            for layer, pages in enumerate(self._pages):
-                pages[copy.pages] = self._blocks[copy.slots, layer, copy.places]
+        self._blocks.load(copy)
         return [
             page
             for page, slot, generation, was_good in zip(
@@ -191,12 +176,32 @@ class WorkerHalf:
         ]
 
     def _save(self, job: SaveJob) -> bool:
-        if not self._mapped or job.epoch != self._epoch:
+        if self._blocks is None or job.epoch != self._epoch:
             return False
-        copy: PageCopy = job.copy
-        if self._bridged:
-            return self._bridged.save(copy)
-        assert self._blocks is not None
-        for layer, pages in enumerate(self._pages):
-            self._blocks[copy.slots, layer, copy.places] = pages[copy.pages]
-        return True
+        return self._blocks.save(job.copy)
+
+
+def _view(cache: PagedCache, name: str, tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """Return one layer as `[pages, page bytes]`, sharing the engine's memory."""
+    if tensor.device.type != "cpu":
+        raise LayoutError(
+            f"layer {name!r} is on {tensor.device}; this version copies from CPU caches only",
+            hint="run vLLM's CPU platform, or run without the connector",
+        )
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    is_fp8 = cache.dtype.startswith("float8")
+    expected = FP8_TENSORS if is_fp8 else cache.dtype
+    if dtype != expected:
+        raise LayoutError(
+            f"layer {name!r} has elements of {dtype}, not {expected}",
+            hint="this engine's KV layout is unknown to kvstrata; run without the connector",
+        )
+    pages, stride = page_view(cache, tensor.shape, tensor.stride(), name=name)
+    flat = torch.tensor([], dtype=torch.uint8).set_(
+        tensor.untyped_storage(),
+        tensor.storage_offset() * tensor.element_size(),
+        (pages, cache.page_bytes),
+        (stride, 1),
+    )
+    view: NDArray[np.uint8] = flat.numpy()
+    return view
