@@ -21,7 +21,6 @@ def kept_engine(engine_on, prompts):
     [
         ({}, 256),
         ({"resumable": True}, 0),
-        ({"lora_request": object()}, 0),
         ({"mm_features": [object()]}, 0),
         ({"prompt_embeds": object()}, 0),
         ({"pooling_params": object()}, 0),

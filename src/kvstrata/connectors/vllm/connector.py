@@ -18,9 +18,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from kvstrata.connectors.vllm.adapters import LoadedAdapters
 from kvstrata.connectors.vllm.geometry import paged_cache
 from kvstrata.connectors.vllm.identity import engine_namespace
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
+from kvstrata.connectors.vllm.runner import calling_runner
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import read_settings
 from kvstrata.connectors.vllm.worker import WorkerHalf
@@ -164,6 +166,7 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
         assert self._worker is not None
         (group,) = self._kv_cache_config.kv_cache_groups
         self._worker.register(kv_caches, group.layer_names, get_tensor_model_parallel_rank())
+        self._worker.adapters = LoadedAdapters(calling_runner())
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Carry out the step's loads."""

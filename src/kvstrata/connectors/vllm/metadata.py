@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -12,7 +13,36 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvstrata.storage.arena import ArenaAddress
 
-__all__ = ["LoadJob", "PageCopy", "SaveJob", "StepPlan", "StepReport", "WorkerProcess"]
+__all__ = [
+    "AdapterKey",
+    "AdapterUse",
+    "LoadJob",
+    "PageCopy",
+    "SaveJob",
+    "StepPlan",
+    "StepReport",
+    "WorkerProcess",
+]
+
+
+class AdapterKey(NamedTuple):
+    """What a request says about its LoRA adapter; the weights behind it may be others later."""
+
+    number: int
+    """vLLM's `lora_int_id`: what its worker knows the adapter by."""
+    name: str
+    """Its name in requests."""
+    path: str
+    """Where vLLM loads it from."""
+
+
+class AdapterUse(NamedTuple):
+    """An adapter and the weights that some KV was, or is to be, computed with."""
+
+    key: AdapterKey
+    """Which one."""
+    digest: str
+    """Of its weights as loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +79,8 @@ class LoadJob:
     """For each page the generation that its slot must have, before and after the copy."""
     lost_pages: list[int] = field(default_factory=list)
     """Engine pages that were promised and cannot be filled any more."""
+    adapter: AdapterUse | None = None
+    """What the KV was computed with, if with an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +95,8 @@ class SaveJob:
     """What goes where."""
     slots: list[int]
     """The slots, each once."""
+    adapter: AdapterUse | None = None
+    """What the KV must have been computed with, if with an adapter."""
 
 
 @dataclass(slots=True)
@@ -79,6 +113,8 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped he
     """Requests to save from."""
     step: int = 0
     """Number of the step if it computes anything, to come back in its report."""
+    adapters: dict[AdapterKey, Any] = field(default_factory=dict)
+    """vLLM's LoRARequest of each adapter that this step computes with or that is asked about."""
 
 
 @dataclass(slots=True)
@@ -99,6 +135,8 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
     """How long that took."""
     workers: int = 1
     """How many workers' reports these are."""
+    adapters: dict[AdapterKey, str] = field(default_factory=dict)
+    """Digest of the weights of each adapter asked about, empty where it cannot be told."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         """Join the reports of other workers on the same step.
@@ -125,4 +163,8 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
             copied_bytes=self.copied_bytes + other.copied_bytes,
             copied_s=max(self.copied_s, other.copied_s),
             workers=self.workers + other.workers,
+            adapters={
+                key: digest if other.adapters.get(key) == digest else ""
+                for key, digest in self.adapters.items()
+            },
         )

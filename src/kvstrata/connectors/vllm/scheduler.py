@@ -10,13 +10,22 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from kvstrata.connectors.speeds import CopyMeter, PrefillMeter
+from kvstrata.connectors.vllm.adapters import KnownAdapters, key_of
+from kvstrata.connectors.vllm.extras import request_extras
 from kvstrata.connectors.vllm.hints import RequestHints, hints_for, read_hints
-from kvstrata.connectors.vllm.metadata import LoadJob, PageCopy, SaveJob, StepPlan, StepReport
+from kvstrata.connectors.vllm.metadata import (
+    AdapterUse,
+    LoadJob,
+    PageCopy,
+    SaveJob,
+    StepPlan,
+    StepReport,
+)
 from kvstrata.core.errors import CallRefusedError, DaemonError
 from kvstrata.core.ids import SequenceHash
 from kvstrata.layout import BlockLayout, PagedCache
@@ -35,6 +44,9 @@ __all__ = ["SchedulerHalf"]
 
 log = logging.getLogger("kvstrata.vllm")
 
+_FAILED_LOADS_MAX: Final = 2
+"""So often a request's load may fail; vLLM asks again each time that nothing of it arrived."""
+
 
 @dataclass(slots=True)
 class _Tracked:
@@ -45,6 +57,8 @@ class _Tracked:
     lineage: PromptLineage
     usable: bool  # False: neither loaded nor saved
     hints: RequestHints
+    named: bool  # everything that its KV depends on is in `lineage`
+    adapter: AdapterUse | None = None
     hashes: list[SequenceHash] = field(default_factory=list)
     epoch: int = 0  # of `hashes`, `saved_blocks` and `holding`
     saved_blocks: int = 0
@@ -53,6 +67,8 @@ class _Tracked:
     holding: bool = False  # the daemon holds blocks for it
     loading: bool = False  # its load was given to the worker and has not ended
     finished: bool = False
+    promised_pages: int = 0  # by the load under way
+    failed_loads: int = 0
     staged: dict[str, int] = field(default_factory=dict)  # tokens of its load, by lower tier
     tokens_from: dict[str, int] = field(default_factory=lambda: {"host": 0, "disk": 0})
 
@@ -89,6 +105,7 @@ class SchedulerHalf:
         self._clear_owed = False
         self._steps = itertools.count(1)
         self._prefill, self._copies = PrefillMeter(), CopyMeter()
+        self._adapters = KnownAdapters()
 
     def fence(self, pids: Sequence[int]) -> None:
         """Learn which processes will fill slots; until the daemon knows, nothing is saved."""
@@ -108,10 +125,9 @@ class SchedulerHalf:
         tracked = self._track(request)
         tracked.local_tokens = local_tokens
         tracked.ready_blocks = 0
-        if not self._enabled or not tracked.usable or not self._ready():
-            return 0
-        if request.skip_reading_prefix_cache:  # vLLM would not use what we find
-            return 0
+        allowed = self._may_load(tracked)
+        if not allowed:
+            return None if allowed is None else 0
         hashes = self._hashes(tracked, request.num_tokens)
         if len(hashes) * self._block_tokens <= local_tokens:
             return 0
@@ -149,7 +165,7 @@ class SchedulerHalf:
         ]
         copy = PageCopy(*map(list, zip(*wanted, strict=True))) if wanted else PageCopy([], [], [])
         reached = first + len(wanted)
-        tracked.loading = True
+        tracked.loading, tracked.promised_pages = True, last - first
         tracked.staged = {tier: n * self._block_tokens for tier, n in staged.items()}
         self._loads.append(
             LoadJob(
@@ -158,6 +174,7 @@ class SchedulerHalf:
                 copy=copy,
                 generations=[generations[page // self._places] for page in range(first, reached)],
                 lost_pages=pages[reached:last],
+                adapter=tracked.adapter,
             )
         )
 
@@ -168,12 +185,14 @@ class SchedulerHalf:
         plan = StepPlan(loads=self._loads)
         self._loads = []
         self._measure(plan, output)
+        loading = (job.request for job in plan.loads)
+        plan.adapters = self._adapters.plan(self._adapters_of(output.num_scheduled_tokens, loading))
         if self._enabled and self._fenced and self._ready():
             for request_id, tokens in output.num_scheduled_tokens.items():
                 tracked = self._requests.get(request_id)
                 if self.session.welcome is None:
                     break  # the call for an earlier request has lost it
-                if tracked and tracked.usable and tracked.hints.store:
+                if tracked and self._holds(tracked) and tracked.hints.store:
                     self._plan_save(plan, tracked, tokens, output)
         # Last, since a call above may have lost the session.
         if self.session.welcome:
@@ -184,6 +203,7 @@ class SchedulerHalf:
         """Tell the daemon what the worker did."""
         if report.step:
             self._prefill.ended(report.step, time.monotonic())
+        self._adapters.take(report.adapters)
         if report.workers != self._workers:
             # Some worker may still be at it: what it reads and fills stays held, and is not found.
             log.warning("%d of %d workers reported a step", report.workers, self._workers)
@@ -194,6 +214,7 @@ class SchedulerHalf:
             tracked = self._requests.get(request_id)
             if tracked:
                 tracked.loading = False
+                tracked.failed_loads += good_pages < tracked.promised_pages
                 self._count(tracked, good_pages)
                 done.append(tracked)
         self._release(done)
@@ -229,10 +250,28 @@ class SchedulerHalf:
         """
         for tracked in self._requests.values():
             tracked.usable = False
+        self._adapters.forget()
         self._clear_owed = True
         return self._ready()
 
     # -- private -------------------------------------------------------------------------------
+
+    def _may_load(self, tracked: _Tracked) -> bool | None:
+        """Return whether the daemon may be asked for a request, None while its name is unknown."""
+        if not self._enabled or not tracked.usable or not self._ready():
+            tracked.usable &= tracked.named  # weights may change before its name is known
+            return False
+        if not tracked.named and not self._name(tracked):
+            return None
+        # vLLM would not use what we find; or it was promised before and did not come.
+        unwanted = tracked.request.skip_reading_prefix_cache or (
+            tracked.failed_loads >= _FAILED_LOADS_MAX
+        )
+        return not unwanted and self._holds(tracked)
+
+    def _holds(self, tracked: _Tracked) -> bool:
+        """Return whether the request's name still says what its KV is computed with."""
+        return tracked.usable and tracked.named and self._adapters.holds(tracked.adapter)
 
     def _ready(self) -> bool:
         """Return whether the daemon can be asked now; pay an owed clear first. Never waits long."""
@@ -278,17 +317,33 @@ class SchedulerHalf:
         if tracked is None:
             # What else than tokens and salt decides the KV is refused until it is in the identity.
             usable = not (
-                request.lora_request
-                or request.mm_features
+                request.mm_features
                 or request.prompt_embeds is not None
                 or request.pooling_params
                 or request.resumable  # vLLM takes back tokens of a session that goes on
             )
             lineage = PromptLineage(self._block_tokens)
             hints = read_hints(request.kv_transfer_params)
-            tracked = _Tracked(request, next(self._names), lineage, usable, hints)
+            named = not request.lora_request
+            tracked = _Tracked(request, next(self._names), lineage, usable, hints, named)
             self._requests[request.request_id] = tracked
         return tracked
+
+    def _name(self, tracked: _Tracked) -> bool:
+        """Put the request's adapter into its lineage; False while the worker is asked for it."""
+        digest = self._adapters.digest(tracked.request.lora_request)
+        if digest is None:
+            return False
+        tracked.named = True
+        tracked.usable = bool(digest)
+        tracked.adapter = AdapterUse(key_of(tracked.request.lora_request), digest)
+        tracked.lineage.extras = request_extras(digest)
+        return True
+
+    def _adapters_of(self, *requests: Iterable[str]) -> list[Any]:
+        """Return the LoRARequests that these requests of the step compute or load with."""
+        tracked = map(self._requests.get, itertools.chain(*requests))
+        return [each.request.lora_request for each in tracked if each and each.adapter]
 
     def _hashes(self, tracked: _Tracked, tokens: int) -> list[SequenceHash]:
         """Return the keys of the first `tokens` tokens' full blocks, in the session's epoch."""
@@ -371,7 +426,9 @@ class SchedulerHalf:
             (pages,) = found
             blocks = [first + index for index in reserved.indices]
             copy = self._block_pages(blocks, reserved.slots, pages)
-            plan.saves.append(SaveJob(tracked.name, tracked.epoch, copy, reserved.slots))
+            plan.saves.append(
+                SaveJob(tracked.name, tracked.epoch, copy, reserved.slots, tracked.adapter)
+            )
         elif reserved.slots:
             self._tell(tracked.epoch, wire.Abort(tracked.name, reserved.slots))
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvstrata.connectors.vllm.adapters import LoadedAdapters
 from kvstrata.connectors.vllm.metadata import LoadJob, PageCopy, SaveJob, StepPlan, StepReport
 from kvstrata.core.errors import KvstrataError, LayoutError
 from kvstrata.layout import BlockLayout, PagedCache, page_view
@@ -39,6 +40,7 @@ class WorkerHalf:
         self._epoch = 0
         self._report = StepReport()
         self._failed_pages: set[int] = set()
+        self.adapters = LoadedAdapters(None)
 
     def register(self, caches: dict[str, torch.Tensor], layer_names: list[str], rank: int) -> None:
         """Take the caches of this rank; raises LayoutError unless each is exactly as expected."""
@@ -79,6 +81,7 @@ class WorkerHalf:
     def save(self, plan: StepPlan) -> None:
         """Fill the slots of every save in `plan`."""
         self._follow(plan)
+        self._report.adapters |= self.adapters.digests(plan.adapters)
         for job in plan.saves:
             (self._report.saved if self._save(job) else self._report.unsaved).append(job)
 
@@ -94,7 +97,7 @@ class WorkerHalf:
     def take_report(self) -> StepReport | None:
         """Return what was done since the last call, None if nothing was."""
         report, self._report = self._report, StepReport()
-        told = report.loaded or report.saved or report.unsaved or report.step
+        told = report.loaded or report.saved or report.unsaved or report.step or report.adapters
         return report if told else None
 
     def close(self) -> None:
@@ -158,6 +161,8 @@ class WorkerHalf:
             return []
         if self._blocks is None or self._arena is None or job.epoch != self._epoch:
             return copy.pages
+        if not self.adapters.current(job.adapter):
+            return copy.pages
         generations = self._arena.generations
         good = [
             generations[slot] == generation
@@ -175,6 +180,8 @@ class WorkerHalf:
 
     def _save(self, job: SaveJob) -> bool:
         if self._blocks is None or job.epoch != self._epoch:
+            return False
+        if not self.adapters.current(job.adapter):
             return False
         copy: PageCopy = job.copy
         for layer, pages in enumerate(self._pages):
