@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvstrata.connectors.speeds import CopyMeter, PrefillMeter
 from kvstrata.connectors.vllm.adapters import KnownAdapters, key_of
-from kvstrata.connectors.vllm.extras import request_extras
+from kvstrata.connectors.vllm.extras import MediumDigests, request_extras
 from kvstrata.connectors.vllm.hints import RequestHints, hints_for, read_hints
 from kvstrata.connectors.vllm.metadata import (
     AdapterUse,
@@ -105,7 +105,7 @@ class SchedulerHalf:
         self._clear_owed = False
         self._steps = itertools.count(1)
         self._prefill, self._copies = PrefillMeter(), CopyMeter()
-        self._adapters = KnownAdapters()
+        self._adapters, self._media = KnownAdapters(), MediumDigests()
 
     def fence(self, pids: Sequence[int]) -> None:
         """Learn which processes will fill slots; until the daemon knows, nothing is saved."""
@@ -317,27 +317,32 @@ class SchedulerHalf:
         if tracked is None:
             # What else than tokens and salt decides the KV is refused until it is in the identity.
             usable = not (
-                request.mm_features
-                or request.prompt_embeds is not None
+                request.prompt_embeds is not None
                 or request.pooling_params
                 or request.resumable  # vLLM takes back tokens of a session that goes on
             )
             lineage = PromptLineage(self._block_tokens)
             hints = read_hints(request.kv_transfer_params)
-            named = not request.lora_request
+            named = not request.lora_request and not request.mm_features
             tracked = _Tracked(request, next(self._names), lineage, usable, hints, named)
             self._requests[request.request_id] = tracked
         return tracked
 
     def _name(self, tracked: _Tracked) -> bool:
-        """Put the request's adapter into its lineage; False while the worker is asked for it."""
-        digest = self._adapters.digest(tracked.request.lora_request)
-        if digest is None:
-            return False
+        """Put what tokens do not say into its lineage; False while the worker is asked for it."""
+        request, digest = tracked.request, ""
+        if request.lora_request:
+            told = self._adapters.digest(request.lora_request)
+            if told is None:
+                return False
+            digest = told
+            tracked.usable = bool(digest)
+            tracked.adapter = AdapterUse(key_of(request.lora_request), digest)
+        media = self._media.media(request.mm_features)
+        if media is None:  # vLLM has handed the data to its worker only
+            tracked.usable, media = False, []
+        tracked.lineage.extras = request_extras(digest, media, self._block_tokens)
         tracked.named = True
-        tracked.usable = bool(digest)
-        tracked.adapter = AdapterUse(key_of(tracked.request.lora_request), digest)
-        tracked.lineage.extras = request_extras(digest)
         return True
 
     def _adapters_of(self, *requests: Iterable[str]) -> list[Any]:
