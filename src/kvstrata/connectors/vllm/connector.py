@@ -192,9 +192,12 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
         self._worker.save(self._plan())
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Return the requests whose load ended in this step."""
+        """Return the requests whose load ended in this step; save, if that is not done yet."""
         del finished_req_ids
         assert self._worker is not None
+        # With speculative decoding vLLM calls `wait_for_save` after it has taken the step's report:
+        # what a request's last steps have saved would wait there for the next request.
+        self._worker.save(self._plan())
         return None, self._worker.take_loaded() or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:

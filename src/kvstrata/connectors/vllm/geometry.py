@@ -18,6 +18,9 @@ __all__ = ["TESTED_VERSIONS", "paged_cache"]
 TESTED_VERSIONS: Final = ("0.32",)
 """vLLM releases, by their first two numbers, that the engine tests run against."""
 
+SPECULATION: Final = ("ngram",)
+"""Ways of speculative decoding that keep no KV of drafts beside the model's own."""
+
 
 def paged_cache(config: VllmConfig, kv_cache_config: KVCacheConfig) -> PagedCache:
     """Return the geometry of the engine's cache.
@@ -80,10 +83,12 @@ def _refuse_parallel(config: VllmConfig) -> None:
                 f"{name} is {size}; kvstrata serves engines whose workers split heads only",
                 hint=f"set {name} to 1, use tensor_parallel_size, or run without the connector",
             )
-    if config.speculative_config is not None:
+    speculation = config.speculative_config
+    if speculation is not None and speculation.method not in SPECULATION:
         raise LayoutError(
-            "speculative decoding is not supported yet",
-            hint="run without speculative_config, or without the connector",
+            f"speculative decoding by {speculation.method!r} is not supported yet",
+            hint=f"use {', '.join(SPECULATION)}, whose drafts have no KV of their own, leave "
+            "speculative_config out, or run without the connector",
         )
 
 

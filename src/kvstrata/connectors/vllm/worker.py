@@ -38,6 +38,7 @@ class WorkerHalf:
         self._arena: Arena | None = None
         self._blocks: NDArray[np.uint8] | None = None
         self._epoch = 0
+        self._saved: StepPlan | None = None
         self._report = StepReport()
         self._failed_pages: set[int] = set()
         self.adapters = LoadedAdapters(None)
@@ -79,7 +80,10 @@ class WorkerHalf:
             self._report.loaded[job.request] = good
 
     def save(self, plan: StepPlan) -> None:
-        """Fill the slots of every save in `plan`."""
+        """Fill the slots of every save in `plan`, the first time that it comes."""
+        if plan is self._saved:
+            return
+        self._saved = plan
         self._follow(plan)
         self._report.adapters |= self.adapters.digests(plan.adapters)
         for job in plan.saves:
