@@ -22,6 +22,7 @@ from kvstrata.connectors.vllm.adapters import LoadedAdapters
 from kvstrata.connectors.vllm.geometry import paged_cache
 from kvstrata.connectors.vllm.identity import engine_namespace
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
+from kvstrata.connectors.vllm.metrics import ConnectorMetrics, ConnectorStats
 from kvstrata.connectors.vllm.runner import calling_runner
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import read_settings
@@ -158,6 +159,28 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
     def reset_cache(self) -> bool | None:
         """Forget every kept block."""
         return self._scheduler.clear() if self._scheduler else None
+
+    # -- statistics: from the scheduler half, to wherever vLLM logs them and serves /metrics -------
+
+    def get_kv_connector_stats(self) -> ConnectorStats | None:
+        """Return what was counted since the last call; the worker half tells its own by report."""
+        return self._scheduler.stats.take() if self._scheduler else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ConnectorStats:
+        """Return counts that come from another process as what they were."""
+        return ConnectorStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type, type],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> ConnectorMetrics:
+        """Register the metrics in the process that serves them."""
+        return ConnectorMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # -- worker half ---------------------------------------------------------------------------
 

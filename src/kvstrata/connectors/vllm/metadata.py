@@ -133,6 +133,8 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
     """Bytes copied into the engine's pages."""
     copied_s: float = 0.0
     """How long that took."""
+    saved_s: float = 0.0
+    """How long the saves took."""
     workers: int = 1
     """How many workers' reports these are."""
     adapters: dict[AdapterKey, str] = field(default_factory=dict)
@@ -162,6 +164,7 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
             step=max(self.step, other.step),
             copied_bytes=self.copied_bytes + other.copied_bytes,
             copied_s=max(self.copied_s, other.copied_s),
+            saved_s=max(self.saved_s, other.saved_s),
             workers=self.workers + other.workers,
             adapters={
                 key: digest if other.adapters.get(key) == digest else ""

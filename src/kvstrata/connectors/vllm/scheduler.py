@@ -26,6 +26,7 @@ from kvstrata.connectors.vllm.metadata import (
     StepPlan,
     StepReport,
 )
+from kvstrata.connectors.vllm.metrics import ConnectorStats
 from kvstrata.core.errors import CallRefusedError, DaemonError
 from kvstrata.core.ids import SequenceHash
 from kvstrata.layout import BlockLayout, PagedCache
@@ -67,7 +68,8 @@ class _Tracked:
     holding: bool = False  # the daemon holds blocks for it
     loading: bool = False  # its load was given to the worker and has not ended
     finished: bool = False
-    promised_pages: int = 0  # by the load under way
+    asked_at: float = 0.0  # first, for the load under way
+    promised_pages: int = 0  # by it
     failed_loads: int = 0
     staged: dict[str, int] = field(default_factory=dict)  # tokens of its load, by lower tier
     tokens_from: dict[str, int] = field(default_factory=lambda: {"host": 0, "disk": 0})
@@ -91,7 +93,7 @@ class SchedulerHalf:
         """
         self.session = session
         self._tenant = tenant
-        self._block_tokens = layout.block_tokens
+        self._block_tokens, self._block_bytes = layout.block_tokens, layout.block_bytes
         self._places = cache.pages_per_block(layout.block_tokens)
         self._page_tokens = cache.page_tokens
         self._workers = cache.ranks
@@ -106,6 +108,7 @@ class SchedulerHalf:
         self._steps = itertools.count(1)
         self._prefill, self._copies = PrefillMeter(), CopyMeter()
         self._adapters, self._media = KnownAdapters(), MediumDigests()
+        self.stats = ConnectorStats()
 
     def fence(self, pids: Sequence[int]) -> None:
         """Learn which processes will fill slots; until the daemon knows, nothing is saved."""
@@ -128,6 +131,7 @@ class SchedulerHalf:
         allowed = self._may_load(tracked)
         if not allowed:
             return None if allowed is None else 0
+        tracked.asked_at = tracked.asked_at or time.monotonic()
         hashes = self._hashes(tracked, request.num_tokens)
         if len(hashes) * self._block_tokens <= local_tokens:
             return 0
@@ -209,12 +213,13 @@ class SchedulerHalf:
             log.warning("%d of %d workers reported a step", report.workers, self._workers)
             return
         self._copies.copied(report.copied_bytes, report.copied_s)
+        self._count_copies(report)
         done: list[_Tracked] = []
         for request_id, good_pages in report.loaded.items():
             tracked = self._requests.get(request_id)
             if tracked:
                 tracked.loading = False
-                tracked.failed_loads += good_pages < tracked.promised_pages
+                self._count_load(tracked, good_pages)
                 self._count(tracked, good_pages)
                 done.append(tracked)
         self._release(done)
@@ -258,16 +263,21 @@ class SchedulerHalf:
 
     def _may_load(self, tracked: _Tracked) -> bool | None:
         """Return whether the daemon may be asked for a request, None while its name is unknown."""
-        if not self._enabled or not tracked.usable or not self._ready():
+        if not self._enabled or not tracked.usable:
+            return False
+        if not self._ready():
+            self.stats.count("given_up", label="no daemon")
             tracked.usable &= tracked.named  # weights may change before its name is known
             return False
         if not tracked.named and not self._name(tracked):
             return None
-        # vLLM would not use what we find; or it was promised before and did not come.
-        unwanted = tracked.request.skip_reading_prefix_cache or (
-            tracked.failed_loads >= _FAILED_LOADS_MAX
-        )
-        return not unwanted and self._holds(tracked)
+        if not self._holds(tracked):
+            self.stats.count("given_up", label="unknown adapter or image")
+            return False
+        if tracked.failed_loads >= _FAILED_LOADS_MAX:
+            self.stats.count("given_up", label="loads failed")
+            return False
+        return not tracked.request.skip_reading_prefix_cache  # vLLM would not use what we find
 
     def _holds(self, tracked: _Tracked) -> bool:
         """Return whether the request's name still says what its KV is computed with."""
@@ -303,14 +313,36 @@ class SchedulerHalf:
         counted = 0 if plan.loads else prompt
         self._prefill.scheduled(plan.step, counted, sum(scheduled.values()), time.monotonic())
 
+    def _count_load(self, tracked: _Tracked, good_pages: int) -> None:
+        failed = good_pages < tracked.promised_pages
+        tracked.failed_loads += failed
+        self.stats.count("loads")
+        self.stats.count("failed_loads", int(failed))
+        self.stats.waited(time.monotonic() - tracked.asked_at)
+        tracked.asked_at = 0.0
+
+    def _count_copies(self, report: StepReport) -> None:
+        blocks = sum(len(job.slots) for job in report.saved)
+        for name, number in (
+            ("loaded_bytes", report.copied_bytes),
+            ("load_seconds", report.copied_s),
+            ("saved_blocks", blocks),
+            ("saved_bytes", blocks * self._block_bytes),
+            ("save_seconds", report.saved_s),
+            ("failed_saves", len(report.unsaved)),
+        ):
+            self.stats.count(name, number)
+
     def _count(self, tracked: _Tracked, good_pages: int) -> None:
         """Add what a load has brought to the request's account."""
         tokens = good_pages * self._page_tokens
         for tier, staged in tracked.staged.items():
             counted = min(staged, tokens)
             tracked.tokens_from[tier] = tracked.tokens_from.get(tier, 0) + counted
+            self.stats.count("loaded_tokens", counted, tier)
             tokens -= counted
         tracked.tokens_from["host"] += tokens
+        self.stats.count("loaded_tokens", tokens, "host")
 
     def _track(self, request: Request) -> _Tracked:
         tracked = self._requests.get(request.request_id)

@@ -86,8 +86,11 @@ class WorkerHalf:
         self._saved = plan
         self._follow(plan)
         self._report.adapters |= self.adapters.digests(plan.adapters)
+        began = time.perf_counter()
         for job in plan.saves:
             (self._report.saved if self._save(job) else self._report.unsaved).append(job)
+        if plan.saves:
+            self._report.saved_s += time.perf_counter() - began
 
     def take_loaded(self) -> set[str]:
         """Return the requests whose load ended in this step."""
