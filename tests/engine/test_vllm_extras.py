@@ -15,11 +15,13 @@ pytestmark = pytest.mark.engine
 TOKENS = [3] * 320
 
 
-def digests(media, adapter=""):
+def digests(media, adapter="", mark=""):
     """The digests of five blocks of equal tokens with these media: (digest, start, length)."""
     from kvstrata.connectors.vllm.extras import Medium, request_extras
 
-    lineage = PromptLineage(64, request_extras(adapter, [Medium(*each) for each in media], 64))
+    lineage = PromptLineage(
+        64, request_extras(mark, adapter, [Medium(*each) for each in media], 64)
+    )
     return lineage.extend_to(TOKENS)
 
 
@@ -49,6 +51,8 @@ def test_blocks_are_shared_up_to_the_first_difference(one, two, shared):
 
 def test_an_adapter_covers_everything():
     assert common(digests([]), digests([], "d1")) == 0
+    assert common(digests([]), digests([], "", "d1")) == 0, "nor is a mark an adapter"
+    assert common(digests([], "d1"), digests([], "", "d1")) == 0
     assert common(digests([], "d2"), digests([], "d1")) == 0
     assert common(digests([("a", 70, 4)], "d1"), digests([("a", 70, 4)], "d1")) == 5
 

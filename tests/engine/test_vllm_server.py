@@ -130,7 +130,7 @@ def test_server_with_a_private_daemon(tiny_model, prompts, reference, tmp_path):
         assert cached == [0, 256]
         metrics = _metrics(port)
         assert metrics['kvstrata_loaded_tokens_total tier="host"'] == 256
-        assert metrics["kvstrata_saved_blocks_total"] == 4
+        assert metrics["kvstrata_saved_blocks_total"] == 2  # vLLM's pages have 128 tokens here
         assert metrics["kvstrata_loaded_bytes_total"] == metrics["kvstrata_saved_bytes_total"] > 0
         assert metrics["kvstrata_load_wait_seconds_count"] == 1
         assert metrics["kvstrata_failed_loads_total"] == 0

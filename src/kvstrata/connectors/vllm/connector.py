@@ -26,6 +26,7 @@ from kvstrata.connectors.vllm.metrics import ConnectorMetrics, ConnectorStats
 from kvstrata.connectors.vllm.runner import calling_runner
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import read_settings
+from kvstrata.connectors.vllm.weights import WeightsWatch
 from kvstrata.connectors.vllm.worker import WorkerHalf
 from kvstrata.runtime.session import Session
 
@@ -189,7 +190,9 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
         assert self._worker is not None
         (group,) = self._kv_cache_config.kv_cache_groups
         self._worker.register(kv_caches, group.layer_names, get_tensor_model_parallel_rank())
-        self._worker.adapters = LoadedAdapters(calling_runner())
+        runner = calling_runner()
+        self._worker.adapters = LoadedAdapters(runner)
+        self._worker.weights = WeightsWatch(runner.get_model() if runner else None)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Carry out the step's loads."""

@@ -27,17 +27,19 @@ class Medium:
 
 
 def request_extras(
-    adapter_digest: str, media: Iterable[Medium], block_tokens: int
+    weights_mark: str, adapter_digest: str, media: Iterable[Medium], block_tokens: int
 ) -> dict[int, bytes]:
     """Return the extra of each block that has one, by the block's index.
 
-    An adapter covers the whole request, so its first block says it and the chain carries it on.
+    Weights other than the namespace's and an adapter cover the whole request, so its first block
+    says them and the chain carries them on.
     A medium is said by each block that its placeholder covers, with its place in that block: a
     block that has only its end is not the block of another medium's end.
     """
     extras: dict[int, bytes] = {}
-    if adapter_digest:
-        extras[0] = _spell("lora", adapter_digest)
+    for kind, digest in (("weights", weights_mark), ("lora", adapter_digest)):
+        if digest:
+            extras[0] = extras.get(0, b"") + _spell(kind, digest)
     for medium in media:
         first, last = medium.start, medium.start + medium.length
         for block in range(first // block_tokens, -(-last // block_tokens)):

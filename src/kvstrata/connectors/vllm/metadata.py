@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -21,6 +22,7 @@ __all__ = [
     "SaveJob",
     "StepPlan",
     "StepReport",
+    "WeightsReport",
     "WorkerProcess",
 ]
 
@@ -51,6 +53,14 @@ class WorkerProcess(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # vLLM
 
     pid: int
     """The worker's process."""
+
+
+class WeightsReport(IntEnum):
+    """What the worker half says about the model's weights; the greater, the more urgent."""
+
+    SAME = 0
+    RENEWED = 1
+    CHANGED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +125,10 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped he
     """Number of the step if it computes anything, to come back in its report."""
     adapters: dict[AdapterKey, Any] = field(default_factory=dict)
     """vLLM's LoRARequest of each adapter that this step computes with or that is asked about."""
+    resets: int = 0
+    """How often everything was forgotten."""
+    renewals: int = 0
+    """How often blocks got other names because the weights had changed."""
 
 
 @dataclass(slots=True)
@@ -139,6 +153,8 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
     """How many workers' reports these are."""
     adapters: dict[AdapterKey, str] = field(default_factory=dict)
     """Digest of the weights of each adapter asked about, empty where it cannot be told."""
+    weights: WeightsReport = WeightsReport.SAME
+    """Whether the model's own weights have changed."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         """Join the reports of other workers on the same step.
@@ -166,6 +182,7 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
             copied_s=max(self.copied_s, other.copied_s),
             saved_s=max(self.saved_s, other.saved_s),
             workers=self.workers + other.workers,
+            weights=max(self.weights, other.weights),
             adapters={
                 key: digest if other.adapters.get(key) == digest else ""
                 for key, digest in self.adapters.items()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +26,7 @@ from kvstrata.connectors.vllm.metadata import (
     SaveJob,
     StepPlan,
     StepReport,
+    WeightsReport,
 )
 from kvstrata.connectors.vllm.metrics import ConnectorStats
 from kvstrata.core.errors import CallRefusedError, DaemonError
@@ -109,6 +111,9 @@ class SchedulerHalf:
         self._prefill, self._copies = PrefillMeter(), CopyMeter()
         self._adapters, self._media = KnownAdapters(), MediumDigests()
         self.stats = ConnectorStats()
+        self._weights_mark = ""  # what names blocks of weights that are not the files'
+        self._weights_changed = False
+        self._resets = self._renewals = 0
 
     def fence(self, pids: Sequence[int]) -> None:
         """Learn which processes will fill slots; until the daemon knows, nothing is saved."""
@@ -186,12 +191,12 @@ class SchedulerHalf:
 
     def build_plan(self, output: SchedulerOutput) -> StepPlan:
         """Return the step's loads, and the saves of blocks that this step completes."""
-        plan = StepPlan(loads=self._loads)
+        plan = StepPlan(loads=self._loads, resets=self._resets, renewals=self._renewals)
         self._loads = []
         self._measure(plan, output)
         loading = (job.request for job in plan.loads)
         plan.adapters = self._adapters.plan(self._adapters_of(output.num_scheduled_tokens, loading))
-        if self._enabled and self._fenced and self._ready():
+        if self._enabled and self._fenced and not self._weights_changed and self._ready():
             for request_id, tokens in output.num_scheduled_tokens.items():
                 tracked = self._requests.get(request_id)
                 if self.session.welcome is None:
@@ -208,6 +213,8 @@ class SchedulerHalf:
         if report.step:
             self._prefill.ended(report.step, time.monotonic())
         self._adapters.take(report.adapters)
+        if report.weights:
+            self._take_weights(report.weights)
         if report.workers != self._workers:
             # Some worker may still be at it: what it reads and fills stays held, and is not found.
             log.warning("%d of %d workers reported a step", report.workers, self._workers)
@@ -256,6 +263,8 @@ class SchedulerHalf:
         for tracked in self._requests.values():
             tracked.usable = False
         self._adapters.forget()
+        self._weights_changed = False
+        self._resets += 1
         self._clear_owed = True
         return self._ready()
 
@@ -265,23 +274,41 @@ class SchedulerHalf:
         """Return whether the daemon may be asked for a request, None while its name is unknown."""
         if not self._enabled or not tracked.usable:
             return False
-        if not self._ready():
-            self.stats.count("given_up", label="no daemon")
+        ready = not self._weights_changed and self._ready()
+        if not ready:
             tracked.usable &= tracked.named  # weights may change before its name is known
-            return False
-        if not tracked.named and not self._name(tracked):
+        elif not tracked.named and not self._name(tracked):
             return None
-        if not self._holds(tracked):
-            self.stats.count("given_up", label="unknown adapter or image")
-            return False
-        if tracked.failed_loads >= _FAILED_LOADS_MAX:
-            self.stats.count("given_up", label="loads failed")
+        reasons = {
+            "weights changed": self._weights_changed,
+            "no daemon": not ready,
+            "unknown adapter or image": ready and not self._holds(tracked),
+            "loads failed": tracked.failed_loads >= _FAILED_LOADS_MAX,
+        }
+        why = next((reason for reason, true in reasons.items() if true), None)
+        if why:
+            self.stats.count("given_up", label=why)
             return False
         return not tracked.request.skip_reading_prefix_cache  # vLLM would not use what we find
 
     def _holds(self, tracked: _Tracked) -> bool:
         """Return whether the request's name still says what its KV is computed with."""
         return tracked.usable and tracked.named and self._adapters.holds(tracked.adapter)
+
+    def _take_weights(self, said: WeightsReport) -> None:
+        """Go on without the cache, or under new names, now that the model has other weights."""
+        for tracked in self._requests.values():
+            tracked.usable = False  # computed or named with the old ones
+        if said == WeightsReport.CHANGED:
+            self._weights_changed = True
+            log.warning(
+                "the model's weights have changed; kvstrata loads and saves nothing until "
+                "reset_prefix_cache(reset_connector=True)"
+            )
+            return
+        self._renewals += 1
+        self._weights_mark = uuid.uuid4().hex
+        log.info("the model's weights have changed; kvstrata keeps blocks under new names")
 
     def _ready(self) -> bool:
         """Return whether the daemon can be asked now; pay an owed clear first. Never waits long."""
@@ -353,7 +380,8 @@ class SchedulerHalf:
                 or request.pooling_params
                 or request.resumable  # vLLM takes back tokens of a session that goes on
             )
-            lineage = PromptLineage(self._block_tokens)
+            extras = request_extras(self._weights_mark, "", (), self._block_tokens)
+            lineage = PromptLineage(self._block_tokens, extras)
             hints = read_hints(request.kv_transfer_params)
             named = not request.lora_request and not request.mm_features
             tracked = _Tracked(request, next(self._names), lineage, usable, hints, named)
@@ -373,7 +401,9 @@ class SchedulerHalf:
         media = self._media.media(request.mm_features)
         if media is None:  # vLLM has handed the data to its worker only
             tracked.usable, media = False, []
-        tracked.lineage.extras = request_extras(digest, media, self._block_tokens)
+        tracked.lineage.extras = request_extras(
+            self._weights_mark, digest, media, self._block_tokens
+        )
         tracked.named = True
         return True
 

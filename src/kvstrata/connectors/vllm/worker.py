@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kvstrata.connectors.vllm.adapters import LoadedAdapters
 from kvstrata.connectors.vllm.metadata import LoadJob, PageCopy, SaveJob, StepPlan, StepReport
+from kvstrata.connectors.vllm.weights import WeightsWatch
 from kvstrata.core.errors import KvstrataError, LayoutError
 from kvstrata.layout import BlockLayout, PagedCache, page_view
 from kvstrata.storage.arena import Arena
@@ -39,9 +40,11 @@ class WorkerHalf:
         self._blocks: NDArray[np.uint8] | None = None
         self._epoch = 0
         self._saved: StepPlan | None = None
+        self._allowed = True  # by the weights, in this step
         self._report = StepReport()
         self._failed_pages: set[int] = set()
         self.adapters = LoadedAdapters(None)
+        self.weights: WeightsWatch | None = None
 
     def register(self, caches: dict[str, torch.Tensor], layer_names: list[str], rank: int) -> None:
         """Take the caches of this rank; raises LayoutError unless each is exactly as expected."""
@@ -67,6 +70,9 @@ class WorkerHalf:
     def load(self, plan: StepPlan) -> None:
         """Fill the pages of every load in `plan`."""
         self._follow(plan)
+        if self.weights:
+            self._report.weights = max(self._report.weights, self.weights.check(plan))
+        self._allowed = not self.weights or self.weights.allows(plan)
         for job in plan.loads:
             began = time.perf_counter()
             failed = self._load(job)
@@ -168,7 +174,7 @@ class WorkerHalf:
             return []
         if self._blocks is None or self._arena is None or job.epoch != self._epoch:
             return copy.pages
-        if not self.adapters.current(job.adapter):
+        if not self._allowed or not self.adapters.current(job.adapter):
             return copy.pages
         generations = self._arena.generations
         good = [
@@ -188,7 +194,7 @@ class WorkerHalf:
     def _save(self, job: SaveJob) -> bool:
         if self._blocks is None or job.epoch != self._epoch:
             return False
-        if not self.adapters.current(job.adapter):
+        if not self._allowed or not self.adapters.current(job.adapter):
             return False
         copy: PageCopy = job.copy
         for layer, pages in enumerate(self._pages):
