@@ -6,11 +6,13 @@ does with them is in `scheduler.py` and `worker.py`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -23,11 +25,12 @@ from kvstrata.connectors.vllm.geometry import paged_cache
 from kvstrata.connectors.vllm.identity import engine_namespace
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
 from kvstrata.connectors.vllm.metrics import ConnectorMetrics, ConnectorStats
-from kvstrata.connectors.vllm.runner import calling_runner
+from kvstrata.connectors.vllm.runner import calling_connector, calling_runner
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import read_settings
 from kvstrata.connectors.vllm.weights import WeightsWatch
 from kvstrata.connectors.vllm.worker import WorkerHalf
+from kvstrata.core.errors import ConfigError
 from kvstrata.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -57,6 +60,8 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
     ) -> None:
         """Check everything that can be checked; the scheduler half reaches its daemon."""
         super().__init__(vllm_config, role, kv_cache_config)
+        self._parent = calling_connector(self)
+        self._refuse_twin()
         settings = read_settings(self._kv_transfer_config.kv_connector_extra_config)
         cache = paged_cache(vllm_config, kv_cache_config)
         layout = cache.block_layout(settings.block_tokens_for(cache.page_tokens))
@@ -81,10 +86,21 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
                 "kvstrata is idle: vLLM runs without prefix caching, so it cannot use kept blocks"
             )
 
+    def _refuse_twin(self) -> None:
+        """Two of us would answer under the same key, at which vLLM's MultiConnector ends."""
+        siblings = getattr(self._parent, "sub_connectors", [])
+        if any(isinstance(each, KvstrataConnector) for each in siblings):
+            raise ConfigError(
+                "connectors: KvstrataConnector stands there twice",
+                hint="name it once; one daemon serves as many tiers as you like",
+            )
+
     def _recompute_failed_loads(self) -> None:
         """A cache may never fail a request: vLLM's default policy would."""
-        if self._kv_transfer_config.kv_load_failure_policy != "recompute":
-            self._kv_transfer_config.kv_load_failure_policy = "recompute"
+        asked = self if self._parent is None else self._parent
+        transfer = asked._kv_transfer_config  # noqa: SLF001 - a child has a copy that nobody reads
+        if transfer.kv_load_failure_policy != "recompute":
+            transfer.kv_load_failure_policy = "recompute"
             log.info("kvstrata set kv_load_failure_policy to recompute")
 
     @classmethod
@@ -147,7 +163,9 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
         assert self._scheduler is not None
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, StepReport):
-            self._scheduler.take_report(report)
+            failed = connector_output.invalid_block_ids or set()
+            # Another connector beside us may load while a step computes, and fail.
+            self._scheduler.take_report(report, tainted=bool(failed - report.failed_pages))
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -240,10 +258,13 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
         """Tell the scheduler half which process this worker is."""
         return WorkerProcess(os.getpid())
 
-    def set_xfer_handshake_metadata(self, metadata: dict[int, WorkerProcess]) -> None:
+    def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         """Take the workers' processes (scheduler half); nothing is saved before."""
         assert self._scheduler is not None
-        self._scheduler.fence([worker.pid for worker in metadata.values()])
+        # One of several connectors may be handed what another one's workers have told.
+        pids = [each.pid for each in metadata.values() if isinstance(each, WorkerProcess)]
+        if pids:
+            self._scheduler.fence(pids)
 
     def shutdown(self) -> None:
         """Say goodbye to the daemon; a private one ends."""
@@ -256,3 +277,10 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
         plan = self._get_connector_metadata()
         assert isinstance(plan, StepPlan)
         return plan
+
+
+# MultiConnector looks its children up by name when it puts statistics together in another process.
+with contextlib.suppress(ValueError):  # somebody has registered it before
+    KVConnectorFactory.register_connector(
+        KvstrataConnector.__name__, "kvstrata.connectors.vllm", KvstrataConnector.__name__
+    )

@@ -125,6 +125,8 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped he
     """Number of the step if it computes anything, to come back in its report."""
     adapters: dict[AdapterKey, Any] = field(default_factory=dict)
     """vLLM's LoRARequest of each adapter that this step computes with or that is asked about."""
+    introduce: bool = False
+    """Whether the workers are to say which processes they are."""
     resets: int = 0
     """How often everything was forgotten."""
     renewals: int = 0
@@ -147,6 +149,10 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
     """Bytes copied into the engine's pages."""
     copied_s: float = 0.0
     """How long that took."""
+    failed_pages: set[int] = field(default_factory=set)
+    """Engine pages that could not be filled."""
+    pids: list[int] = field(default_factory=list)
+    """The workers' processes, if asked for."""
     saved_s: float = 0.0
     """How long the saves took."""
     workers: int = 1
@@ -180,6 +186,8 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
             step=max(self.step, other.step),
             copied_bytes=self.copied_bytes + other.copied_bytes,
             copied_s=max(self.copied_s, other.copied_s),
+            failed_pages=self.failed_pages | other.failed_pages,
+            pids=self.pids + other.pids,
             saved_s=max(self.saved_s, other.saved_s),
             workers=self.workers + other.workers,
             weights=max(self.weights, other.weights),

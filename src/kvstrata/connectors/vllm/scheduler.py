@@ -192,6 +192,7 @@ class SchedulerHalf:
     def build_plan(self, output: SchedulerOutput) -> StepPlan:
         """Return the step's loads, and the saves of blocks that this step completes."""
         plan = StepPlan(loads=self._loads, resets=self._resets, renewals=self._renewals)
+        plan.introduce = not self._fenced
         self._loads = []
         self._measure(plan, output)
         loading = (job.request for job in plan.loads)
@@ -208,8 +209,11 @@ class SchedulerHalf:
             plan.epoch, plan.arena = self.session.epoch, self.session.welcome.arena
         return plan
 
-    def take_report(self, report: StepReport) -> None:
-        """Tell the daemon what the worker did."""
+    def take_report(self, report: StepReport, *, tainted: bool = False) -> None:
+        """Tell the daemon what the worker did.
+
+        In a `tainted` step something was computed on KV that another connector failed to bring.
+        """
         if report.step:
             self._prefill.ended(report.step, time.monotonic())
         self._adapters.take(report.adapters)
@@ -219,6 +223,8 @@ class SchedulerHalf:
             # Some worker may still be at it: what it reads and fills stays held, and is not found.
             log.warning("%d of %d workers reported a step", report.workers, self._workers)
             return
+        if report.pids and not self._fenced:
+            self.fence(report.pids)
         self._copies.copied(report.copied_bytes, report.copied_s)
         self._count_copies(report)
         done: list[_Tracked] = []
@@ -233,9 +239,13 @@ class SchedulerHalf:
         for tracked in done:
             if tracked.finished:
                 del self._requests[tracked.request.request_id]
-        for job in report.saved:
+        self._tell_saves(report, tainted=tainted)
+
+    def _tell_saves(self, report: StepReport, *, tainted: bool) -> None:
+        whole, spoiled = ([], report.saved) if tainted else (report.saved, [])
+        for job in whole:
             self._tell(job.epoch, wire.Seal(job.name, job.slots))
-        for job in report.unsaved:
+        for job in (*spoiled, *report.unsaved):
             self._tell(job.epoch, wire.Abort(job.name, job.slots))
 
     def finished(self, request: Request) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ vLLM computes them.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 
@@ -70,6 +71,8 @@ class WorkerHalf:
     def load(self, plan: StepPlan) -> None:
         """Fill the pages of every load in `plan`."""
         self._follow(plan)
+        if plan.introduce:
+            self._report.pids = [os.getpid()]
         if self.weights:
             self._report.weights = max(self._report.weights, self.weights.check(plan))
         self._allowed = not self.weights or self.weights.allows(plan)
@@ -81,6 +84,7 @@ class WorkerHalf:
                 self._report.copied_bytes += size
                 self._report.copied_s += time.perf_counter() - began
             self._failed_pages.update(job.lost_pages, failed)
+            self._report.failed_pages.update(job.lost_pages, failed)
             # vLLM computes from the first failed page on, whatever lies behind it.
             good = min(map(job.copy.pages.index, failed), default=len(job.copy.pages))
             self._report.loaded[job.request] = good
