@@ -92,9 +92,29 @@ class Engine:
             counters: dict[str, int] = admin.stats()["node"]["counters"]
         return counters
 
+    def stored(self, prompt: Sequence[int]) -> tuple[Any, list[bytes]]:
+        """Return the layout and the bytes of the blocks that are kept for a prompt."""
+        from kvstrata.storage.arena import Arena
+        from kvstrata.tokens import lineage_digests, sequence_hashes
+        from kvstrata.tokens.namespace import ModelKey, salted_key
 
-def write_llama(folder: Path, seed: int = 0) -> Path:
-    """Write a Llama of 0.7 million random weights; its greedy answers are varied."""
+        session = self.connector._scheduler.session
+        key = salted_key(ModelKey(session.welcome.model_key), "")
+        hashes = sequence_hashes(key, lineage_digests(prompt, 64))
+        assert session.lookup("ours", hashes).ready == len(hashes)
+        slots = session.acquire("ours", hashes).slots
+        arena = Arena.attach(session.welcome.arena, session.layout)
+        blocks = [bytes(arena.slot(slot)) for slot in slots]
+        arena.close()
+        session.release(["ours"])
+        return session.layout, blocks
+
+
+def write_llama(folder: Path, seed: int = 0, spread: float = 0.2) -> Path:
+    """Write a Llama of 0.7 million random weights; its greedy answers are varied.
+
+    With a `spread` below 0.1 they begin to repeat themselves.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -112,7 +132,7 @@ def write_llama(folder: Path, seed: int = 0) -> Path:
         eos_token_id=2,
         pad_token_id=0,
         tie_word_embeddings=False,
-        initializer_range=0.2,
+        initializer_range=spread,
     )
     LlamaForCausalLM(config).float().save_pretrained(folder)
     return folder
@@ -177,7 +197,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_llama() -> Callable[..., Path]:
-    """`make_llama(folder, seed=0)` writes a model."""
+    """`make_llama(folder, seed=0, spread=0.2)` writes a model."""
     return write_llama
 
 

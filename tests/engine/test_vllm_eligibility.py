@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 pytestmark = pytest.mark.engine
@@ -21,8 +23,7 @@ def kept_engine(engine_on, prompts):
     [
         ({}, 256),
         ({"resumable": True}, 0),
-        ({"lora_request": object()}, 0),
-        ({"mm_features": [object()]}, 0),
+        ({"mm_features": [SimpleNamespace(data=None)]}, 0),
         ({"prompt_embeds": object()}, 0),
         ({"pooling_params": object()}, 0),
     ],

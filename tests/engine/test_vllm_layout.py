@@ -21,7 +21,7 @@ def test_vllm_blocks_are_transformers_kv(engine_on, tiny_model):
     with engine_on({"tiers": "host:64MiB"}) as engine:
         (answer,) = engine.ask([prompt])
         engine.wait_idle()
-        source, blocks = _stored(engine, prompt)
+        source, blocks = engine.stored(prompt)
     assert len(blocks) == 3
     model = LlamaForCausalLM.from_pretrained(tiny_model).eval()
     sizes = {"layer": 4, "kv": 2, "head": 2, "token": 64, "channel": 32}
@@ -51,21 +51,3 @@ def test_vllm_blocks_are_transformers_kv(engine_on, tiny_model):
         do_sample=False,
     )  # fmt: skip
     assert tuple(said[0, 200:].tolist()) == answer.tokens, "transformers goes on where vLLM was"
-
-
-def _stored(engine, prompt) -> tuple[BlockLayout, list[bytes]]:
-    """The layout and the bytes of the blocks that the engine has stored for a prompt."""
-    from kvstrata.storage.arena import Arena
-    from kvstrata.tokens import lineage_digests, sequence_hashes
-    from kvstrata.tokens.namespace import ModelKey, salted_key
-
-    session = engine.connector._scheduler.session
-    key = salted_key(ModelKey(session.welcome.model_key), "")
-    hashes = sequence_hashes(key, lineage_digests(prompt, 64))
-    assert session.lookup("ours", hashes).ready == len(hashes)
-    slots = session.acquire("ours", hashes).slots
-    arena = Arena.attach(session.welcome.arena, session.layout)
-    blocks = [bytes(arena.slot(slot)) for slot in slots]
-    arena.close()
-    session.release(["ours"])
-    return session.layout, blocks

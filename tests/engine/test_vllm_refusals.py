@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from kvstrata.core.errors import ConfigError, DaemonError, LayoutError
@@ -91,29 +87,22 @@ def test_a_model_with_states_is_refused(engine_on, tmp_path):
     assert "KV cache is MambaSpec" in said
 
 
-def test_speculative_decoding_is_refused(tiny_model):
-    """In a process of its own: speculation imports numba, after which no other engine starts."""
-    script = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from conftest import run_engine
-with run_engine(
-    Path(sys.argv[2]),
-    {"tiers": "host:64MiB"},
-    speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2},
-):
-    pass
-"""
-    here = str(Path(__file__).parent)
-    ended = subprocess.run(
-        [sys.executable, "-c", script, here, str(tiny_model)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode != 0
-    assert "LayoutError: speculative decoding is not supported yet" in ended.stderr
+def test_speculative_decoding_with_drafts_of_its_own_kv_is_refused():
+    """A draft model's layers are in the engine's cache, and hold what was never accepted."""
+    from types import SimpleNamespace
+
+    from kvstrata.connectors.vllm import geometry
+
+    def config(method):
+        return SimpleNamespace(
+            parallel_config=SimpleNamespace(), speculative_config=SimpleNamespace(method=method)
+        )
+
+    geometry._refuse_parallel(config("ngram"))
+    for method in ("eagle", "eagle3", "mtp", "draft_model", "medusa", "suffix", "later"):
+        with pytest.raises(LayoutError, match=f"decoding by '{method}'") as caught:
+            geometry._refuse_parallel(config(method))
+        assert "ngram" in caught.value.hint
 
 
 def test_tensor_of_unknown_geometry_is_refused(engine_on, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -48,6 +49,26 @@ def _wait_until_up(port: int, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError(f"no server in {START_DEADLINE_S} s: {log.read_text()[-3000:]}")
 
 
+def _metrics(port: int) -> dict[str, float]:
+    """Our metrics by name, with the label that vLLM does not put on each."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as reply:
+        lines = reply.read().decode().splitlines()
+    found = {}
+    for line in lines:
+        if line.startswith("vllm:kvstrata_"):
+            name, labels, value = re.fullmatch(r"vllm:(\w+)\{(.*)\} (\S+)", line).groups()
+            own = [label for label in labels.split(",") if label.startswith(("tier=", "why="))]
+            found[" ".join([name, *own])] = float(value)
+    return found
+
+
+def _wait_for(log: Path, text: str) -> None:
+    deadline = time.monotonic() + 30
+    while text not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.1)
+
+
 def _processes_with(text: str) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
@@ -71,7 +92,12 @@ def test_server_with_a_private_daemon(tiny_model, prompts, reference, tmp_path):
     }
     options = "--enforce-eager --dtype float32 --max-model-len 512 --skip-tokenizer-init"
     options += " --enable-prompt-tokens-details --kv-cache-memory-bytes 67108864"
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_LOG_STATS_INTERVAL": "1",
+    }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options.split()]
     command += ["--model", str(tiny_model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--kv-transfer-config", json.dumps(transfer)]
@@ -102,6 +128,13 @@ def test_server_with_a_private_daemon(tiny_model, prompts, reference, tmp_path):
             _post(port, "/reset_prefix_cache", {})
         assert answers == [reference[2], reference[2]]
         assert cached == [0, 256]
+        metrics = _metrics(port)
+        assert metrics['kvstrata_loaded_tokens_total tier="host"'] == 256
+        assert metrics["kvstrata_saved_blocks_total"] == 2  # vLLM's pages have 128 tokens here
+        assert metrics["kvstrata_loaded_bytes_total"] == metrics["kvstrata_saved_bytes_total"] > 0
+        assert metrics["kvstrata_load_wait_seconds_count"] == 1
+        assert metrics["kvstrata_failed_loads_total"] == 0
+        _wait_for(log, "kvstrata tokens from host=256")
         (daemon,) = [pid for pid in _processes_with(str(kept)) if _is_daemon(pid)]
     finally:
         os.killpg(server.pid, signal.SIGKILL)

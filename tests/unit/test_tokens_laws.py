@@ -48,6 +48,20 @@ def test_growing_equals_batch(tokens, cuts, block_tokens) -> None:
     )
 
 
+@given(
+    cuts=st.lists(st.integers(0, 40), max_size=8),
+    extras=st.dictionaries(st.integers(0, 10), st.binary(max_size=4), max_size=4),
+)
+def test_growing_equals_batch_with_extras(cuts, extras) -> None:
+    lineage = PromptLineage(4, extras)
+    for cut in [*sorted(cuts), len(TOKENS)]:
+        lineage.extend_to(TOKENS[:cut])
+    assert lineage.digests == lineage_digests(TOKENS, 4, extras=extras)
+    for index, digest in enumerate(lineage.digests):
+        covered = any(block <= index for block in extras)
+        assert (digest == DIGESTS[index]) == (not covered), "from the block that it covers on"
+
+
 @given(tokens=st.lists(st.integers(0, TOKEN_ID_MAX), min_size=1, max_size=40), data=st.data())
 def test_parent_continues_the_chain(tokens, data) -> None:
     whole = lineage_digests(tokens, 3)

@@ -88,10 +88,14 @@ def _as_array(tokens: TokenIds) -> NDArray[np.integer]:
 
 
 class PromptLineage:
-    """The digests of one growing sequence; each call hashes only the blocks that are new."""
+    """The digests of one growing sequence; each call hashes only the blocks that are new.
 
-    def __init__(self, block_tokens: int) -> None:
+    `extras` maps a block's index in the sequence to what it depends on besides its tokens.
+    """
+
+    def __init__(self, block_tokens: int, extras: Mapping[int, bytes] | None = None) -> None:
         self.block_tokens = block_tokens
+        self.extras = dict(extras or {})
         self.digests: list[LineageDigest] = []
 
     def extend_to(self, tokens: TokenIds) -> list[LineageDigest]:
@@ -106,6 +110,7 @@ class PromptLineage:
             tokens[known * self.block_tokens :],
             self.block_tokens,
             parent=self.digests[-1] if known else None,
+            extras={block - known: extra for block, extra in self.extras.items()},
         )
         self.digests += new
         return new

@@ -6,11 +6,13 @@ does with them is in `scheduler.py` and `worker.py`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -20,12 +22,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from kvstrata.connectors.vllm.adapters import LoadedAdapters
 from kvstrata.connectors.vllm.geometry import engine_cache
 from kvstrata.connectors.vllm.identity import vllm_namespace
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
+from kvstrata.connectors.vllm.metrics import ConnectorMetrics, ConnectorStats
+from kvstrata.connectors.vllm.runner import calling_connector, calling_runner
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import read_settings
+from kvstrata.connectors.vllm.weights import WeightsWatch
 from kvstrata.connectors.vllm.worker import WorkerHalf
+from kvstrata.core.errors import ConfigError
 from kvstrata.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -55,6 +62,8 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
     ) -> None:
         """Check everything that can be checked; the scheduler half reaches its daemon."""
         super().__init__(vllm_config, role, kv_cache_config)
+        self._parent = calling_connector(self)
+        self._refuse_twin()
         settings = read_settings(self._kv_transfer_config.kv_connector_extra_config)
         cache = engine_cache(vllm_config, kv_cache_config)
         layout = cache.block_layout(settings.block_tokens_for(cache.page_tokens))
@@ -83,10 +92,21 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
                 "kvstrata is idle: vLLM runs without prefix caching, so it cannot use kept blocks"
             )
 
+    def _refuse_twin(self) -> None:
+        """Two of us would answer under the same key, at which vLLM's MultiConnector ends."""
+        siblings = getattr(self._parent, "sub_connectors", [])
+        if any(isinstance(each, KvstrataConnector) for each in siblings):
+            raise ConfigError(
+                "connectors: KvstrataConnector stands there twice",
+                hint="name it once; one daemon serves as many tiers as you like",
+            )
+
     def _recompute_failed_loads(self) -> None:
         """A cache may never fail a request: vLLM's default policy would."""
-        if self._kv_transfer_config.kv_load_failure_policy != "recompute":
-            self._kv_transfer_config.kv_load_failure_policy = "recompute"
+        asked = self if self._parent is None else self._parent
+        transfer = asked._kv_transfer_config  # noqa: SLF001 - a child has a copy that nobody reads
+        if transfer.kv_load_failure_policy != "recompute":
+            transfer.kv_load_failure_policy = "recompute"
             log.info("kvstrata set kv_load_failure_policy to recompute")
 
     @classmethod
@@ -149,7 +169,9 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         assert self._scheduler is not None
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, StepReport):
-            self._scheduler.take_report(report)
+            failed = connector_output.invalid_block_ids or set()
+            # Another connector beside us may load while a step computes, and fail.
+            self._scheduler.take_report(report, tainted=bool(failed - report.failed_pages))
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -170,6 +192,28 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         """Forget every kept block."""
         return self._scheduler.clear() if self._scheduler else None
 
+    # -- statistics: from the scheduler half, to wherever vLLM logs them and serves /metrics -------
+
+    def get_kv_connector_stats(self) -> ConnectorStats | None:
+        """Return what was counted since the last call; the worker half tells its own by report."""
+        return self._scheduler.stats.take() if self._scheduler else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ConnectorStats:
+        """Return counts that come from another process as what they were."""
+        return ConnectorStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type, type],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> ConnectorMetrics:
+        """Register the metrics in the process that serves them."""
+        return ConnectorMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     # -- worker half ---------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -177,6 +221,9 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         assert self._worker is not None
         names = [group.layer_names for group in self._kv_cache_config.kv_cache_groups]
         self._worker.register(kv_caches, names, get_tensor_model_parallel_rank())
+        runner = calling_runner()
+        self._worker.adapters = LoadedAdapters(runner)
+        self._worker.weights = WeightsWatch(runner.get_model() if runner else None)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Carry out the step's loads."""
@@ -202,9 +249,12 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         self._worker.save(self._plan())
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Return the requests whose load ended in this step."""
+        """Return the requests whose load ended in this step; save, if that is not done yet."""
         del finished_req_ids
         assert self._worker is not None
+        # With speculative decoding vLLM calls `wait_for_save` after it has taken the step's report:
+        # what a request's last steps have saved would wait there for the next request.
+        self._worker.save(self._plan())
         return None, self._worker.take_loaded() or None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
@@ -229,10 +279,13 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         """Tell the scheduler half which process this worker is."""
         return WorkerProcess(os.getpid())
 
-    def set_xfer_handshake_metadata(self, metadata: dict[int, WorkerProcess]) -> None:
+    def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         """Take the workers' processes (scheduler half); nothing is saved before."""
         assert self._scheduler is not None
-        self._scheduler.fence([worker.pid for worker in metadata.values()])
+        # One of several connectors may be handed what another one's workers have told.
+        pids = [each.pid for each in metadata.values() if isinstance(each, WorkerProcess)]
+        if pids:
+            self._scheduler.fence(pids)
 
     def shutdown(self) -> None:
         """Say goodbye to the daemon; a private one ends."""
@@ -245,3 +298,10 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         plan = self._get_connector_metadata()
         assert isinstance(plan, StepPlan)
         return plan
+
+
+# MultiConnector looks its children up by name when it puts statistics together in another process.
+with contextlib.suppress(ValueError):  # somebody has registered it before
+    KVConnectorFactory.register_connector(
+        KvstrataConnector.__name__, "kvstrata.connectors.vllm", KvstrataConnector.__name__
+    )

@@ -26,6 +26,9 @@ _FP8_KINDS: Final = {
 }
 _FP8_PER_TENSOR: Final = 1  # vLLM's KVQuantMode: constant scales, which come with the weights
 
+SPECULATION: Final = ("ngram",)
+"""Ways of speculative decoding that keep no KV of drafts beside the model's own."""
+
 
 def engine_cache(config: VllmConfig, kv_cache_config: KVCacheConfig) -> GroupedCache:
     """Return the geometry of the engine's cache.
@@ -93,10 +96,12 @@ def _refuse_parallel(config: VllmConfig) -> None:
                 f"{name} is {size}; kvstrata serves engines whose workers split heads only",
                 hint=f"set {name} to 1, use tensor_parallel_size, or run without the connector",
             )
-    if config.speculative_config is not None:
+    speculation = config.speculative_config
+    if speculation is not None and speculation.method not in SPECULATION:
         raise LayoutError(
-            "speculative decoding is not supported yet",
-            hint="run without speculative_config, or without the connector",
+            f"speculative decoding by {speculation.method!r} is not supported yet",
+            hint=f"use {', '.join(SPECULATION)}, whose drafts have no KV of their own, leave "
+            "speculative_config out, or run without the connector",
         )
 
 

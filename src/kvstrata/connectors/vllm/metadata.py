@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -13,7 +15,37 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvstrata.layout import BlockLayout
 from kvstrata.storage.arena import ArenaAddress
 
-__all__ = ["LoadJob", "PageCopy", "SaveJob", "StepPlan", "StepReport", "WorkerProcess"]
+__all__ = [
+    "AdapterKey",
+    "AdapterUse",
+    "LoadJob",
+    "PageCopy",
+    "SaveJob",
+    "StepPlan",
+    "StepReport",
+    "WeightsReport",
+    "WorkerProcess",
+]
+
+
+class AdapterKey(NamedTuple):
+    """What a request says about its LoRA adapter; the weights behind it may be others later."""
+
+    number: int
+    """vLLM's `lora_int_id`: what its worker knows the adapter by."""
+    name: str
+    """Its name in requests."""
+    path: str
+    """Where vLLM loads it from."""
+
+
+class AdapterUse(NamedTuple):
+    """An adapter and the weights that some KV was, or is to be, computed with."""
+
+    key: AdapterKey
+    """Which one."""
+    digest: str
+    """Of its weights as loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +54,14 @@ class WorkerProcess(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # vLLM
 
     pid: int
     """The worker's process."""
+
+
+class WeightsReport(IntEnum):
+    """What the worker half says about the model's weights; the greater, the more urgent."""
+
+    SAME = 0
+    RENEWED = 1
+    CHANGED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +92,8 @@ class LoadJob:
     """For each page the generation that its slot must have, before and after the copy."""
     lost_pages: list[int] = field(default_factory=list)
     """Engine pages that were promised and cannot be filled any more."""
+    adapter: AdapterUse | None = None
+    """What the KV was computed with, if with an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +108,8 @@ class SaveJob:
     """What goes where."""
     slots: list[int]
     """The slots, each once."""
+    adapter: AdapterUse | None = None
+    """What the KV must have been computed with, if with an adapter."""
 
 
 @dataclass(slots=True)
@@ -84,6 +128,14 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped he
     """Number of the step if it computes anything, to come back in its report."""
     layout: BlockLayout | None = None
     """The layout of the blocks in the arena; the engine's own, or one that is bridged."""
+    adapters: dict[AdapterKey, Any] = field(default_factory=dict)
+    """vLLM's LoRARequest of each adapter that this step computes with or that is asked about."""
+    introduce: bool = False
+    """Whether the workers are to say which processes they are."""
+    resets: int = 0
+    """How often everything was forgotten."""
+    renewals: int = 0
+    """How often blocks got other names because the weights had changed."""
 
 
 @dataclass(slots=True)
@@ -102,8 +154,18 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
     """Bytes copied into the engine's pages."""
     copied_s: float = 0.0
     """How long that took."""
+    failed_pages: set[int] = field(default_factory=set)
+    """Engine pages that could not be filled."""
+    pids: list[int] = field(default_factory=list)
+    """The workers' processes, if asked for."""
+    saved_s: float = 0.0
+    """How long the saves took."""
     workers: int = 1
     """How many workers' reports these are."""
+    adapters: dict[AdapterKey, str] = field(default_factory=dict)
+    """Digest of the weights of each adapter asked about, empty where it cannot be told."""
+    weights: WeightsReport = WeightsReport.SAME
+    """Whether the model's own weights have changed."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         """Join the reports of other workers on the same step.
@@ -129,5 +191,13 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
             step=max(self.step, other.step),
             copied_bytes=self.copied_bytes + other.copied_bytes,
             copied_s=max(self.copied_s, other.copied_s),
+            failed_pages=self.failed_pages | other.failed_pages,
+            pids=self.pids + other.pids,
+            saved_s=max(self.saved_s, other.saved_s),
             workers=self.workers + other.workers,
+            weights=max(self.weights, other.weights),
+            adapters={
+                key: digest if other.adapters.get(key) == digest else ""
+                for key, digest in self.adapters.items()
+            },
         )

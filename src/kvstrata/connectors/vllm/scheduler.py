@@ -10,14 +10,25 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from kvstrata.connectors.speeds import CopyMeter, PrefillMeter
+from kvstrata.connectors.vllm.adapters import KnownAdapters, key_of
+from kvstrata.connectors.vllm.extras import MediumDigests, request_extras
 from kvstrata.connectors.vllm.grouped import first_complete, load_copy, save_copy
 from kvstrata.connectors.vllm.hints import RequestHints, hints_for, read_hints
-from kvstrata.connectors.vllm.metadata import LoadJob, SaveJob, StepPlan, StepReport
+from kvstrata.connectors.vllm.metadata import (
+    AdapterUse,
+    LoadJob,
+    SaveJob,
+    StepPlan,
+    StepReport,
+    WeightsReport,
+)
+from kvstrata.connectors.vllm.metrics import ConnectorStats
 from kvstrata.core.errors import CallRefusedError, DaemonError
 from kvstrata.core.ids import SequenceHash
 from kvstrata.layout import BlockLayout, GroupedCache
@@ -36,6 +47,9 @@ __all__ = ["SchedulerHalf"]
 
 log = logging.getLogger("kvstrata.vllm")
 
+_FAILED_LOADS_MAX: Final = 2
+"""So often a request's load may fail; vLLM asks again each time that nothing of it arrived."""
+
 
 @dataclass(slots=True)
 class _Tracked:
@@ -46,6 +60,8 @@ class _Tracked:
     lineage: PromptLineage
     usable: bool  # False: neither loaded nor saved
     hints: RequestHints
+    named: bool  # everything that its KV depends on is in `lineage`
+    adapter: AdapterUse | None = None
     hashes: list[SequenceHash] = field(default_factory=list)
     epoch: int = 0  # of `hashes`, `saved_blocks` and `holding`
     saved_blocks: int = 0
@@ -56,6 +72,9 @@ class _Tracked:
     load_tokens: int = 0  # what that load is for
     load_failed: bool = False  # it is computed: asked again it might fail for ever
     finished: bool = False
+    asked_at: float = 0.0  # first, for the load under way
+    promised_pages: int = 0  # by it
+    failed_loads: int = 0
     staged: dict[str, int] = field(default_factory=dict)  # tokens of its load, by lower tier
     tokens_from: dict[str, int] = field(default_factory=lambda: {"host": 0, "disk": 0})
 
@@ -78,7 +97,7 @@ class SchedulerHalf:
         """
         self.session = session
         self._tenant = tenant
-        self._block_tokens = layout.block_tokens
+        self._block_tokens, self._block_bytes = layout.block_tokens, layout.block_bytes
         self._cache = cache
         self._page_tokens = cache.page_tokens
         self._workers = cache.ranks
@@ -92,6 +111,11 @@ class SchedulerHalf:
         self._clear_owed = False
         self._steps = itertools.count(1)
         self._prefill, self._copies = PrefillMeter(), CopyMeter()
+        self._adapters, self._media = KnownAdapters(), MediumDigests()
+        self.stats = ConnectorStats()
+        self._weights_mark = ""  # what names blocks of weights that are not the files'
+        self._weights_changed = False
+        self._resets = self._renewals = 0
 
     def fence(self, pids: Sequence[int]) -> None:
         """Learn which processes will fill slots; until the daemon knows, nothing is saved."""
@@ -111,11 +135,10 @@ class SchedulerHalf:
         tracked = self._track(request)
         tracked.local_tokens = local_tokens
         tracked.ready_blocks = 0
-        if not self._enabled or not tracked.usable or not self._ready():
-            return 0
-        # vLLM would not use what we find, or it could not be used before.
-        if request.skip_reading_prefix_cache or tracked.load_failed:
-            return 0
+        allowed = self._may_load(tracked)
+        if not allowed:
+            return None if allowed is None else 0
+        tracked.asked_at = tracked.asked_at or time.monotonic()
         # Of a prompt that is there whole vLLM computes the last token, whose window may begin a
         # page before that of the token behind it.
         spared = 0 if self._cache.is_whole else 1
@@ -152,7 +175,7 @@ class SchedulerHalf:
         )
         promised = dict(zip(slots, generations, strict=True))
         tracked.loading = True
-        tracked.load_tokens = external_tokens
+        tracked.load_tokens, tracked.promised_pages = external_tokens, len(copy.pages) + len(lost)
         tracked.staged = {tier: n * self._block_tokens for tier, n in staged.items()}
         self._loads.append(
             LoadJob(
@@ -161,6 +184,7 @@ class SchedulerHalf:
                 copy=copy,
                 generations=[promised[slot] for slot in copy.slots],
                 lost_pages=lost,
+                adapter=tracked.adapter,
             )
         )
 
@@ -168,15 +192,18 @@ class SchedulerHalf:
 
     def build_plan(self, output: SchedulerOutput) -> StepPlan:
         """Return the step's loads, and the saves of blocks that this step completes."""
-        plan = StepPlan(loads=self._loads)
+        plan = StepPlan(loads=self._loads, resets=self._resets, renewals=self._renewals)
+        plan.introduce = not self._fenced
         self._loads = []
         self._measure(plan, output)
-        if self._enabled and self._fenced and self._ready():
+        loading = (job.request for job in plan.loads)
+        plan.adapters = self._adapters.plan(self._adapters_of(output.num_scheduled_tokens, loading))
+        if self._enabled and self._fenced and not self._weights_changed and self._ready():
             for request_id, tokens in output.num_scheduled_tokens.items():
                 tracked = self._requests.get(request_id)
                 if self.session.welcome is None:
                     break  # the call for an earlier request has lost it
-                if tracked and tracked.usable and tracked.hints.store:
+                if tracked and self._holds(tracked) and tracked.hints.store:
                     self._plan_save(plan, tracked, tokens, output)
         # Last, since a call above may have lost the session.
         if self.session.welcome:
@@ -184,30 +211,44 @@ class SchedulerHalf:
             plan.layout = self.session.welcome.layout
         return plan
 
-    def take_report(self, report: StepReport) -> None:
-        """Tell the daemon what the worker did."""
+    def take_report(self, report: StepReport, *, tainted: bool = False) -> None:
+        """Tell the daemon what the worker did.
+
+        In a `tainted` step something was computed on KV that another connector failed to bring.
+        """
         if report.step:
             self._prefill.ended(report.step, time.monotonic())
+        self._adapters.take(report.adapters)
+        if report.weights:
+            self._take_weights(report.weights)
         if report.workers != self._workers:
             # Some worker may still be at it: what it reads and fills stays held, and is not found.
             log.warning("%d of %d workers reported a step", report.workers, self._workers)
             return
+        if report.pids and not self._fenced:
+            self.fence(report.pids)
         self._copies.copied(report.copied_bytes, report.copied_s)
+        self._count_copies(report)
         done: list[_Tracked] = []
         for request_id, good_pages in report.loaded.items():
             tracked = self._requests.get(request_id)
             if tracked:
                 tracked.loading = False
                 tracked.load_failed = not good_pages
+                self._count_load(tracked, good_pages)
                 self._count(tracked, good_pages)
                 done.append(tracked)
         self._release(done)
         for tracked in done:
             if tracked.finished:
                 del self._requests[tracked.request.request_id]
-        for job in report.saved:
+        self._tell_saves(report, tainted=tainted)
+
+    def _tell_saves(self, report: StepReport, *, tainted: bool) -> None:
+        whole, spoiled = ([], report.saved) if tainted else (report.saved, [])
+        for job in whole:
             self._tell(job.epoch, wire.Seal(job.name, job.slots))
-        for job in report.unsaved:
+        for job in (*spoiled, *report.unsaved):
             self._tell(job.epoch, wire.Abort(job.name, job.slots))
 
     def finished(self, request: Request) -> dict[str, Any] | None:
@@ -234,10 +275,53 @@ class SchedulerHalf:
         """
         for tracked in self._requests.values():
             tracked.usable = False
+        self._adapters.forget()
+        self._weights_changed = False
+        self._resets += 1
         self._clear_owed = True
         return self._ready()
 
     # -- private -------------------------------------------------------------------------------
+
+    def _may_load(self, tracked: _Tracked) -> bool | None:
+        """Return whether the daemon may be asked for a request, None while its name is unknown."""
+        if not self._enabled or not tracked.usable:
+            return False
+        ready = not self._weights_changed and self._ready()
+        if not ready:
+            tracked.usable &= tracked.named  # weights may change before its name is known
+        elif not tracked.named and not self._name(tracked):
+            return None
+        reasons = {
+            "weights changed": self._weights_changed,
+            "no daemon": not ready,
+            "unknown adapter or image": ready and not self._holds(tracked),
+            "loads failed": tracked.load_failed or tracked.failed_loads >= _FAILED_LOADS_MAX,
+        }
+        why = next((reason for reason, true in reasons.items() if true), None)
+        if why:
+            self.stats.count("given_up", label=why)
+            return False
+        return not tracked.request.skip_reading_prefix_cache  # vLLM would not use what we find
+
+    def _holds(self, tracked: _Tracked) -> bool:
+        """Return whether the request's name still says what its KV is computed with."""
+        return tracked.usable and tracked.named and self._adapters.holds(tracked.adapter)
+
+    def _take_weights(self, said: WeightsReport) -> None:
+        """Go on without the cache, or under new names, now that the model has other weights."""
+        for tracked in self._requests.values():
+            tracked.usable = False  # computed or named with the old ones
+        if said == WeightsReport.CHANGED:
+            self._weights_changed = True
+            log.warning(
+                "the model's weights have changed; kvstrata loads and saves nothing until "
+                "reset_prefix_cache(reset_connector=True)"
+            )
+            return
+        self._renewals += 1
+        self._weights_mark = uuid.uuid4().hex
+        log.info("the model's weights have changed; kvstrata keeps blocks under new names")
 
     def _ready(self) -> bool:
         """Return whether the daemon can be asked now; pay an owed clear first. Never waits long."""
@@ -269,6 +353,26 @@ class SchedulerHalf:
         counted = 0 if plan.loads else prompt
         self._prefill.scheduled(plan.step, counted, sum(scheduled.values()), time.monotonic())
 
+    def _count_load(self, tracked: _Tracked, good_pages: int) -> None:
+        failed = good_pages < tracked.promised_pages
+        tracked.failed_loads += failed
+        self.stats.count("loads")
+        self.stats.count("failed_loads", int(failed))
+        self.stats.waited(time.monotonic() - tracked.asked_at)
+        tracked.asked_at = 0.0
+
+    def _count_copies(self, report: StepReport) -> None:
+        blocks = sum(len(job.slots) for job in report.saved)
+        for name, number in (
+            ("loaded_bytes", report.copied_bytes),
+            ("load_seconds", report.copied_s),
+            ("saved_blocks", blocks),
+            ("saved_bytes", blocks * self._block_bytes),
+            ("save_seconds", report.saved_s),
+            ("failed_saves", len(report.unsaved)),
+        ):
+            self.stats.count(name, number)
+
     def _count(self, tracked: _Tracked, good_pages: int) -> None:
         """Add what a load has brought to the request's account."""
         tokens = good_pages * self._page_tokens
@@ -277,25 +381,51 @@ class SchedulerHalf:
         for tier, staged in tracked.staged.items():
             counted = min(staged, tokens)
             tracked.tokens_from[tier] = tracked.tokens_from.get(tier, 0) + counted
+            self.stats.count("loaded_tokens", counted, tier)
             tokens -= counted
         tracked.tokens_from["host"] += tokens
+        self.stats.count("loaded_tokens", tokens, "host")
 
     def _track(self, request: Request) -> _Tracked:
         tracked = self._requests.get(request.request_id)
         if tracked is None:
             # What else than tokens and salt decides the KV is refused until it is in the identity.
             usable = not (
-                request.lora_request
-                or request.mm_features
-                or request.prompt_embeds is not None
+                request.prompt_embeds is not None
                 or request.pooling_params
                 or request.resumable  # vLLM takes back tokens of a session that goes on
             )
-            lineage = PromptLineage(self._block_tokens)
+            extras = request_extras(self._weights_mark, "", (), self._block_tokens)
+            lineage = PromptLineage(self._block_tokens, extras)
             hints = read_hints(request.kv_transfer_params)
-            tracked = _Tracked(request, next(self._names), lineage, usable, hints)
+            named = not request.lora_request and not request.mm_features
+            tracked = _Tracked(request, next(self._names), lineage, usable, hints, named)
             self._requests[request.request_id] = tracked
         return tracked
+
+    def _name(self, tracked: _Tracked) -> bool:
+        """Put what tokens do not say into its lineage; False while the worker is asked for it."""
+        request, digest = tracked.request, ""
+        if request.lora_request:
+            told = self._adapters.digest(request.lora_request)
+            if told is None:
+                return False
+            digest = told
+            tracked.usable = bool(digest)
+            tracked.adapter = AdapterUse(key_of(request.lora_request), digest)
+        media = self._media.media(request.mm_features)
+        if media is None:  # vLLM has handed the data to its worker only
+            tracked.usable, media = False, []
+        tracked.lineage.extras = request_extras(
+            self._weights_mark, digest, media, self._block_tokens
+        )
+        tracked.named = True
+        return True
+
+    def _adapters_of(self, *requests: Iterable[str]) -> list[Any]:
+        """Return the LoRARequests that these requests of the step compute or load with."""
+        tracked = map(self._requests.get, itertools.chain(*requests))
+        return [each.request.lora_request for each in tracked if each and each.adapter]
 
     def _hashes(self, tracked: _Tracked, tokens: int) -> list[SequenceHash]:
         """Return the keys of the first `tokens` tokens' full blocks, in the session's epoch."""
@@ -382,7 +512,9 @@ class SchedulerHalf:
         if reserved.slots:
             blocks = [first + index for index in reserved.indices]
             copy = save_copy(self._cache, self._block_tokens, tables, blocks, reserved.slots)
-            plan.saves.append(SaveJob(tracked.name, tracked.epoch, copy, reserved.slots))
+            plan.saves.append(
+                SaveJob(tracked.name, tracked.epoch, copy, reserved.slots, tracked.adapter)
+            )
 
     def _release(self, tracked: Sequence[_Tracked]) -> None:
         held = [each for each in tracked if each.holding]

@@ -8,6 +8,7 @@ vLLM computes them.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvstrata.connectors.vllm.adapters import LoadedAdapters
 from kvstrata.connectors.vllm.bridged import BridgedPages
 from kvstrata.connectors.vllm.geometry import FP8_TENSORS
 from kvstrata.connectors.vllm.grouped import GroupedPages
 from kvstrata.connectors.vllm.metadata import LoadJob, SaveJob, StepPlan, StepReport
+from kvstrata.connectors.vllm.weights import WeightsWatch
 from kvstrata.core.errors import KvstrataError, LayoutError
 from kvstrata.layout import BlockLayout, Bridge, GroupedCache, PagedCache, page_view, rank_part
 from kvstrata.storage.arena import Arena
@@ -40,9 +43,13 @@ class WorkerHalf:
         self._arena: Arena | None = None
         self._blocks: GroupedPages | BridgedPages | None = None
         self._epoch = 0
+        self._saved: StepPlan | None = None
+        self._allowed = True  # by the weights, in this step
         self._report = StepReport()
         self._failed_pages: set[int] = set()
         self._failed_requests: set[str] = set()
+        self.adapters = LoadedAdapters(None)
+        self.weights: WeightsWatch | None = None
 
     def register(
         self, caches: dict[str, torch.Tensor], layer_names: list[list[str]], rank: int
@@ -77,6 +84,11 @@ class WorkerHalf:
     def load(self, plan: StepPlan) -> None:
         """Fill the pages of every load in `plan`."""
         self._follow(plan)
+        if plan.introduce:
+            self._report.pids = [os.getpid()]
+        if self.weights:
+            self._report.weights = max(self._report.weights, self.weights.check(plan))
+        self._allowed = not self.weights or self.weights.allows(plan)
         for job in plan.loads:
             began = time.perf_counter()
             failed = self._load(job)
@@ -87,16 +99,24 @@ class WorkerHalf:
             good = min(map(job.copy.pages.index, failed), default=len(job.copy.pages))
             if self._cache.is_whole:
                 self._failed_pages.update(job.lost_pages, failed)
+                self._report.failed_pages.update(job.lost_pages, failed)
             elif job.lost_pages or failed:  # a shorter prefix would need other pages of a window
                 self._failed_requests.add(job.request)
                 good = 0
             self._report.loaded[job.request] = good
 
     def save(self, plan: StepPlan) -> None:
-        """Fill the slots of every save in `plan`."""
+        """Fill the slots of every save in `plan`, the first time that it comes."""
+        if plan is self._saved:
+            return
+        self._saved = plan
         self._follow(plan)
+        self._report.adapters |= self.adapters.digests(plan.adapters)
+        began = time.perf_counter()
         for job in plan.saves:
             (self._report.saved if self._save(job) else self._report.unsaved).append(job)
+        if plan.saves:
+            self._report.saved_s += time.perf_counter() - began
 
     def take_loaded(self) -> set[str]:
         """Return the requests whose load ended in this step."""
@@ -115,7 +135,7 @@ class WorkerHalf:
     def take_report(self) -> StepReport | None:
         """Return what was done since the last call, None if nothing was."""
         report, self._report = self._report, StepReport()
-        told = report.loaded or report.saved or report.unsaved or report.step
+        told = report.loaded or report.saved or report.unsaved or report.step or report.adapters
         return report if told else None
 
     def close(self) -> None:
@@ -161,6 +181,8 @@ class WorkerHalf:
             return []
         if self._blocks is None or self._arena is None or job.epoch != self._epoch:
             return copy.pages
+        if not self._allowed or not self.adapters.current(job.adapter):
+            return copy.pages
         generations = self._arena.generations
         good = [
             generations[slot] == generation
@@ -177,6 +199,8 @@ class WorkerHalf:
 
     def _save(self, job: SaveJob) -> bool:
         if self._blocks is None or job.epoch != self._epoch:
+            return False
+        if not self._allowed or not self.adapters.current(job.adapter):
             return False
         return self._blocks.save(job.copy)
 

@@ -1,0 +1,94 @@
+"""Whether the model still has the weights that it was loaded with.
+
+Reinforcement learning loads new weights into a running engine. What was kept before belongs to
+the old ones; vLLM tells its connector nothing of it, and the user may forget `reset_connector`.
+So the worker half looks, in each step that loads or saves.
+
+A change is *noticed* in the middle of things: then vLLM's own blocks are stale too, and nothing is
+loaded or saved until a reset. Or it is found at the first look after a reset: then all is clean,
+and only the names of blocks have to become others (*renewed*), because the namespace names the
+weights that are in the files.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final
+
+import torch
+
+from kvstrata.connectors.vllm.metadata import StepPlan, WeightsReport
+
+__all__ = ["WeightsWatch"]
+
+log = logging.getLogger("kvstrata.vllm")
+
+_SAMPLES: Final = 64
+_SAMPLE_BYTES: Final = 1024
+
+
+class WeightsWatch:
+    """The worker half's eye on the weights. Without a model it sees nothing and objects to nothing.
+
+    It notices calls of the model's `load_weights`, parameters that were put elsewhere or written
+    through autograd, and, where they are in the host's memory, other bytes in a sample of them.
+    """
+
+    def __init__(self, model: Any | None) -> None:
+        """Remember what the weights are now."""
+        self._parameters: list[torch.Tensor] = []
+        self._loads = 0
+        self._resets = self._renewals = 0
+        self._stale = False
+        if model is None:
+            log.warning("kvstrata cannot see the weights: reset it whenever you change them")
+            return
+        self._listen(model)
+        self._parameters = [each for each in model.parameters() if each.numel()]
+        self._known = self._look()
+
+    def _listen(self, model: Any) -> None:
+        """Count calls of `load_weights`: most ways to new weights end there."""
+        load_weights = model.load_weights
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self._loads += 1
+            return load_weights(*arguments, **options)
+
+        model.load_weights = counted
+
+    def check(self, plan: StepPlan) -> WeightsReport:
+        """Return what is new; to be called before the step's first job."""
+        self._renewals = max(self._renewals, plan.renewals)  # another worker may have seen it
+        first_look = plan.resets != self._resets
+        self._resets = plan.resets
+        if not self._parameters or not (first_look or plan.loads or plan.saves):
+            return WeightsReport.SAME
+        found = self._look()
+        changed = found != self._known
+        if first_look:
+            self._known = found
+            renewed, self._stale = changed, False
+            self._renewals += renewed
+            return WeightsReport.RENEWED if renewed else WeightsReport.SAME
+        if changed and not self._stale:
+            self._stale = True
+            return WeightsReport.CHANGED
+        return WeightsReport.SAME
+
+    def allows(self, plan: StepPlan) -> bool:
+        """Return whether the jobs of a plan were made for the weights that the model has."""
+        return not self._stale and plan.renewals == self._renewals
+
+    def _look(self) -> tuple[Any, ...]:
+        every = max(1, len(self._parameters) // _SAMPLES)
+        places = [(each.data_ptr(), each._version) for each in self._parameters]  # noqa: SLF001
+        samples = [_middle(each) for each in self._parameters[::every] if each.device.type == "cpu"]
+        return self._loads, places, samples
+
+
+def _middle(parameter: torch.Tensor) -> bytes:
+    flat = parameter.detach().reshape(-1)
+    count = min(len(flat), _SAMPLE_BYTES // flat.element_size())
+    start = (len(flat) - count) // 2
+    return bytes(flat[start : start + count].view(torch.uint8).numpy())
