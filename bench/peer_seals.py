@@ -138,10 +138,12 @@ def line(
         "job_blocks": job_blocks,
         "rounds": len(pairs),
         "bare_gb_per_s": round(size / bare, 3),
+        "bare_quickest_gb_per_s": round(size / min(taken[False])[0], 3),
         "sealed_gb_per_s": round(size / ours, 3),
         "slowdown": round(median(one[0] / other[0] for one, other in pairs) - 1, 4),
         "slowdown_of_medians": round(ours / bare - 1, 4),
         "slowdown_of_quickest": round(min(taken[True])[0] / min(taken[False])[0] - 1, 4),
+        "bare_cpu_ms_per_block": round(1000 * median(cpu for _, cpu in taken[False]) / BLOCKS, 3),
         "seal_cpu_ms_per_block": round(
             1000 * median(one[1] - other[1] for one, other in pairs) / BLOCKS, 3
         ),

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from kvstrata import __version__
+from kvstrata.apps.cli.settings import ServeSettings
 from kvstrata.storage.memory import machine_memory_bytes
 
 COMMAND = [sys.executable, "-m", "kvstrata.apps.cli.main"]
@@ -202,3 +203,11 @@ def test_two_namespaces_are_told_apart_in_stats(command, serve, connect, make_bl
     assert "slots by namespace" in said
     assert "llama" in said
     assert "[qwen]" in said
+
+
+def test_the_mover_of_blocks_is_a_setting(monkeypatch):
+    monkeypatch.delenv("KVSTRATA_BACKEND", raising=False)
+    assert ServeSettings.read({}).node_config().backend == "posix"
+    monkeypatch.setenv("KVSTRATA_BACKEND", "auto")
+    assert ServeSettings.read({"backend": None}).node_config().backend == "auto"
+    assert ServeSettings.read({"backend": "nixl"}).node_config().backend == "nixl"
