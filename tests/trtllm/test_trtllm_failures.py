@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -333,3 +334,15 @@ def test_the_canary_puts_back_what_the_pages_held(sim, start, monkeypatch):
     engine = start(manager="v2", groups=2)
     for before, after in zip(held[0], engine.pool.memory, strict=True):
         assert bool((before == after).all())
+
+
+def test_a_copying_thread_that_ends_stops_the_engine(start, sim, monkeypatch):
+    start().run(sim.Request(1, PROMPT, 3))
+    engine = start(seed=1)
+    died: list = []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    engine.worker._mover._pages = None  # no copy can end well or badly
+    engine.submit(sim.Request(1, PROMPT, 3))
+    with pytest.raises(TransferError, match="the copying thread has ended: AttributeError"):
+        until(lambda: engine.step() and False)
+    until(lambda: died)

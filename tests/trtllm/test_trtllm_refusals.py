@@ -306,7 +306,7 @@ def test_every_method_has_the_parameters_of_the_interface(half):
         assert list(inspect.signature(method).parameters) == parameters, name
 
 
-@pytest.mark.parametrize("version", ["1.1.0", "1.4.0rc2", "0.21"])
+@pytest.mark.parametrize("version", ["1.1.0", "1.5.0rc2", "0.21"])
 def test_an_unknown_release_is_refused_with_the_matrix(version):
     from kvstrata.connectors.trtllm.interface import INTERFACES, Interface, check_interface
 

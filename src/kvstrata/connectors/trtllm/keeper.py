@@ -218,7 +218,6 @@ class Keeper:
             return None
         if len(hashes) * size <= computed_tokens:
             return None
-        tracked.epoch = self.session.epoch
         until = time.monotonic() + self._settings.staging_wait_s
         while True:
             found = self._line.lookup(

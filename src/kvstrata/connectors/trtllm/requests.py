@@ -173,9 +173,7 @@ def read_identity(request: Any, adapters: Mapping[int, str]) -> Identity:
 
 
 def _read(request: Any, name: str) -> Any:
-    """Return an attribute, which older bindings have as a method."""
-    value = getattr(request, name, _MISSING)
-    return value() if callable(value) else value
+    return getattr(request, name, _MISSING)
 
 
 def _present(request: Any, name: str) -> bool:
