@@ -357,7 +357,7 @@ def test_a_load_whose_pages_are_taken_away_is_never_begun(start, sim):
         assert request.state == "loading"
         engine.scheduler.request_reset(request)
         before = engine.pool.memory[0].clone()
-    engine.worker._mover.close()  # all that it has is done
+    until(lambda: not engine.scheduler._desk._open)
     assert bool((engine.pool.memory[0] == before).all()), "they are somebody else's by now"
     assert engine.worker.get_finished([], [1]) == ([], [1])
     assert not engine.scheduler._keeper._line._leases
