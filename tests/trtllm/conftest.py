@@ -98,13 +98,7 @@ class Daemon:
 def run_folder() -> Iterator[Path]:
     """A short directory: a socket's path must be short."""
     folder = Path(tempfile.mkdtemp(prefix="kvt"))
-    before = os.environ.get("XDG_RUNTIME_DIR")
-    os.environ["XDG_RUNTIME_DIR"] = str(folder)
     yield folder
-    if before is None:
-        del os.environ["XDG_RUNTIME_DIR"]
-    else:
-        os.environ["XDG_RUNTIME_DIR"] = before
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -140,8 +134,9 @@ def serve(run_folder) -> Iterator[Callable[..., Daemon]]:
 
 
 @pytest.fixture
-def settle(monkeypatch) -> Callable[..., None]:
+def settle(monkeypatch, run_folder) -> Callable[..., None]:
     """Set the connector's settings, by variables, as TensorRT-LLM forwards them."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(run_folder))
 
     def set_all(**settings: Any) -> None:
         for name in [name for name in os.environ if name.startswith(VARIABLE)]:

@@ -15,6 +15,7 @@ are given back are overwritten with noise before anybody else has them.
 
 from __future__ import annotations
 
+import pickle
 import random
 import time
 from collections import OrderedDict
@@ -323,7 +324,8 @@ class Engine:
             if each.request_id in self.new_loading:
                 each.state = "loading"
         if output is not None:
-            self.worker.bind_connector_meta(self.scheduler.build_connector_meta(output))
+            metadata = self.scheduler.build_connector_meta(output)
+            self.worker.bind_connector_meta(pickle.loads(pickle.dumps(metadata)))
         self.worker.start_load_kv(None)
         if self.repeat:
             self.worker.start_load_kv(None)

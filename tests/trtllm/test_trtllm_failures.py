@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -333,3 +334,45 @@ def test_the_canary_puts_back_what_the_pages_held(sim, start, monkeypatch):
     engine = start(manager="v2", groups=2)
     for before, after in zip(held[0], engine.pool.memory, strict=True):
         assert bool((before == after).all())
+
+
+def test_a_copying_thread_that_ends_stops_the_engine(start, sim, monkeypatch):
+    start().run(sim.Request(1, PROMPT, 3))
+    engine = start(seed=1)
+    died: list = []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    engine.worker._mover._pages = None  # no copy can end well or badly
+    engine.submit(sim.Request(1, PROMPT, 3))
+    with pytest.raises(TransferError, match="the copying thread has ended: AttributeError"):
+        until(lambda: engine.step() and False)
+    until(lambda: died)
+
+
+def test_a_load_whose_pages_are_taken_away_is_never_begun(start, sim):
+    start().run(sim.Request(1, PROMPT, 3))
+    engine = start(seed=1)
+    request = engine.submit(sim.Request(1, PROMPT, 3))
+    with engine.worker._mover._changed:  # the copying thread takes no job
+        engine.step()
+        assert request.state == "loading"
+        engine.scheduler.request_reset(request)
+        before = engine.pool.memory[0].clone()
+    until(lambda: not engine.scheduler._desk._open)
+    assert bool((engine.pool.memory[0] == before).all()), "they are somebody else's by now"
+    assert engine.worker.get_finished([], [1]) == ([], [1])
+    assert not engine.scheduler._keeper._line._leases
+
+
+def test_a_save_whose_pages_are_taken_away_before_it_ends_is_not_kept(start, sim):
+    engine = start(manager="v2")
+    request = sim.Request(1, PROMPT, 3)
+    engine.scheduler.get_num_new_matched_tokens(request, 0)
+    output = sim.SchedulerOutput([sim.RequestData(1, list(PROMPT), list(range(11)), 0, 42)])
+    engine.worker.bind_connector_meta(engine.scheduler.build_connector_meta(output))
+    engine.scheduler.request_reset(request)
+    engine.worker.wait_for_save(None)
+    until(lambda: engine.worker.get_finished([1], [])[0])
+    assert engine.scheduler.statistics.unsaved_blocks == 5
+    assert engine.scheduler.statistics.saved_blocks == 0
+    again = sim.Request(2, PROMPT, 3)
+    assert engine.scheduler.get_num_new_matched_tokens(again, 0) == (0, False)

@@ -6,6 +6,7 @@ Everything is refused that is not known to be right, at start, before the first 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from kvstrata.layout import BlockLayout
 from kvstrata.tokens import Namespace
 
 __all__ = ["KNOWN_ARCHITECTURES", "Model", "check_arguments", "engine_namespace", "read_model"]
+
+log = logging.getLogger("kvstrata.trtllm")
 
 KNOWN_ARCHITECTURES: Final = frozenset({
     "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM",
@@ -92,11 +95,7 @@ def check_arguments(arguments: Any) -> int:
             raise LayoutError(
                 f"kv_cache_config.{name}: {why}", hint=f"leave {name} out of kv_cache_config"
             )
-    if not getattr(cache, "enable_block_reuse", True):
-        raise ConfigError(
-            "kv_cache_config.enable_block_reuse is off, so the engine would discard what is loaded",
-            hint="set enable_block_reuse to true",
-        )
+    _check_reuse(cache)
     kind = str(getattr(cache, "dtype", "auto"))
     if kind.lower() in _UNKNOWN_CACHE_TYPES:
         raise LayoutError(
@@ -162,6 +161,19 @@ def engine_namespace(
         geometry=layout.geometry,
         block_tokens=layout.block_tokens,
     )
+
+
+def _check_reuse(cache: Any) -> None:
+    if not getattr(cache, "enable_block_reuse", True):
+        raise ConfigError(
+            "kv_cache_config.enable_block_reuse is off, so the engine would discard what is loaded",
+            hint="set enable_block_reuse to true",
+        )
+    if getattr(cache, "enable_partial_reuse", False):
+        log.warning(
+            "kvstrata cannot load behind pages that the engine reuses in part: set "
+            "kv_cache_config.enable_partial_reuse to false"
+        )
 
 
 def _revision(model: Model) -> str:

@@ -25,10 +25,12 @@ __all__ = [
 
 INTERFACES: Final = {
     "1.2": "flat methods, one pool tensor (V1 manager)",
-    "1.3": "also methods by layer group, KvCacheLayout (V2 manager), cancel_load, request_reset",
+    "1.3": "as 1.2, in another module",
+    "1.4": "also methods by layer group, KvCacheLayout (V2 manager), cancel_load, request_reset",
 }
 """Releases, by their first two numbers, whose published interface this connector was written to.
-None of them was run."""
+None of them was run, and the interface grows within a release too: a method that one of them does
+not call is not missed."""
 
 _MODULES: Final = (
     "tensorrt_llm._torch.pyexecutor.connectors.kv_cache_connector",

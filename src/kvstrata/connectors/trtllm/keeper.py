@@ -11,62 +11,26 @@ Owner: the executor's thread. A request may end while its jobs go on; their repo
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvstrata.connectors.speeds import CopyMeter, PrefillMeter
+from kvstrata.connectors.trtllm.account import Statistics
 from kvstrata.connectors.trtllm.canary import fly_canary
 from kvstrata.connectors.trtllm.desk import Desk
-from kvstrata.connectors.trtllm.jobs import LoadJob, PageCopy, Report, SaveJob, StepPlan
+from kvstrata.connectors.trtllm.jobs import LoadJob, PageCopy, Report, StepPlan
 from kvstrata.connectors.trtllm.lines import Line
 from kvstrata.connectors.trtllm.pages import EnginePages
 from kvstrata.connectors.trtllm.requests import Offer, Tracked, read_identity
+from kvstrata.connectors.trtllm.saver import Saver
 from kvstrata.connectors.trtllm.settings import ConnectorSettings
 from kvstrata.core.errors import DaemonError
 from kvstrata.runtime.session import Session
 
-__all__ = ["Keeper", "Statistics"]
-
-log = logging.getLogger("kvstrata.trtllm")
+__all__ = ["Keeper"]
 
 _POLL_S: Final = 0.001
-
-
-@dataclass(slots=True)
-class Statistics:
-    """What was offered, loaded, saved and left out, since the engine started."""
-
-    asked: int = 0
-    """Requests that the engine asked for."""
-    offered_tokens: int = 0
-    """Tokens that it was told it can have."""
-    loaded_pages: int = 0
-    """Pages that were filled."""
-    called_off: int = 0
-    """Offers that the engine did not want after all, wholly or in part."""
-    saved_blocks: int = 0
-    """Blocks handed over to the daemon."""
-    unsaved_blocks: int = 0
-    """Blocks whose slot was given back: the copy failed, came late or was given up."""
-    throttled_blocks: int = 0
-    """Blocks for which the daemon had no room."""
-    bad_pages: int = 0
-    """Page numbers that name no page; skipped."""
-    mid_page: int = 0
-    """Questions behind a part of a page: the engine reuses partial blocks, and we cannot."""
-    unserved: dict[str, int] = field(default_factory=dict)
-    """Requests that are neither loaded nor saved, or no longer, by reason."""
-
-
-@dataclass(slots=True)
-class _Saving:
-    tracked: Tracked
-    epoch: int
-    slots: list[int]
-    void: bool = False  # its pages were given to others while it was copied
 
 
 class Keeper:
@@ -86,9 +50,9 @@ class Keeper:
         self._background = settings.background and pages.whole_offers
         self._requests: dict[int, Tracked] = {}
         self._loads: dict[int, Tracked] = {}  # by job
-        self._saves: dict[int, _Saving] = {}  # by job
         self._names = map("r{}".format, itertools.count(1))
         self._jobs = itertools.count(1)
+        self._saver = Saver(self._line, desk, pages, self.statistics, self._jobs, settings.tenant)
         self._steps = itertools.count(1)
         self._step_ended = 0
         self._prefill, self._copies = PrefillMeter(), CopyMeter()
@@ -182,7 +146,7 @@ class Keeper:
             if not self._pages_kept(tracked):
                 self._desk.break_off(f"pages of request {tracked.request} changed after their load")
         if self._line.ready():
-            saves = map(self._plan_save, scheduled)
+            saves = map(self._saver.plan, scheduled)
             plan.saves.extend(job for job in saves if job)
         self._measure(plan, told)
         return plan
@@ -197,7 +161,7 @@ class Keeper:
         self._drop_offer(tracked)
         known = tracked.usable and tracked.started
         if known and tracked.finish(request.get_tokens(0), groups) and self._line.ready():
-            job = self._plan_save(tracked)
+            job = self._saver.plan(tracked)
             if job:
                 self._desk.carry_out(job)  # there may be no further step to carry it
         if not tracked.loading:
@@ -210,8 +174,7 @@ class Keeper:
             self._desk.mover.cancel(request)
         self._settle()
         tracked = self._requests.pop(request, None)
-        for saving in self._saves.values():
-            saving.void = saving.void or saving.tracked.request == request
+        self._saver.void(request)
         if tracked:
             self._drop_offer(tracked)
             self._line.release(tracked)
@@ -230,7 +193,7 @@ class Keeper:
         tracked = Tracked(number, next(self._names), identity, tokens, len(tokens))
         self._requests[number] = tracked
         if identity.problem or getattr(request, "is_dummy_request", False) is True:
-            self._spoil(tracked, identity.problem or "dummy")
+            self.statistics.spoil(tracked, identity.problem or "dummy")
         return tracked
 
     def _note_all(self, told: Sequence[Any], *, new: bool) -> list[Tracked]:
@@ -239,17 +202,10 @@ class Keeper:
         for data, tracked in known:
             problem = tracked.note(data, new=new, groups=self._pages.groups) if tracked else ""
             if tracked and problem:
-                self._spoil(tracked, problem)
+                self.statistics.spoil(tracked, problem)
                 if tracked.offer or tracked.filled:
                     self._desk.break_off(f"request {tracked.request} was loaded and has {problem}")
         return [tracked for _, tracked in known if tracked]
-
-    def _spoil(self, tracked: Tracked, why: str) -> None:
-        if tracked.usable:
-            tracked.usable = False
-            if why not in self.statistics.unserved:
-                log.warning("kvstrata does not serve a request: %s (said once)", why)
-            self.statistics.unserved[why] = self.statistics.unserved.get(why, 0) + 1
 
     def _find(self, tracked: Tracked, computed_tokens: int) -> Offer | None:
         """Return what can be offered, held and verified; raises DaemonError."""
@@ -258,11 +214,10 @@ class Keeper:
             # The engine must compute something, so the last token is never among them.
             hashes = self._line.hashes(tracked, (len(tracked.tokens) - 1) // size)
         except ValueError:
-            self._spoil(tracked, "odd token ids")
+            self.statistics.spoil(tracked, "odd token ids")
             return None
         if len(hashes) * size <= computed_tokens:
             return None
-        tracked.epoch = self.session.epoch
         until = time.monotonic() + self._settings.staging_wait_s
         while True:
             found = self._line.lookup(
@@ -286,7 +241,7 @@ class Keeper:
         tracked.offer = tracked.allocated = None
         self._line.release(tracked)
 
-    # -- private: loads and saves --------------------------------------------------------------
+    # -- private: loads ------------------------------------------------------------------------
 
     def _plan_load(self, plan: StepPlan, tracked: Tracked, allocated: list[list[int]]) -> None:
         offer = tracked.offer
@@ -319,7 +274,6 @@ class Keeper:
         tracked.loading.add(job.id)
         self._loads[job.id] = tracked
         self._desk.open(job)
-        self.statistics.loaded_pages += len(copy.slots)
         plan.loads.append(job)
 
     def _pages_kept(self, tracked: Tracked) -> bool:
@@ -329,65 +283,6 @@ class Keeper:
             tracked.filled = filled
             return True
         return all(tracked.row(position, tracked.pages) == row for position, row in filled.items())
-
-    def _plan_save(self, tracked: Tracked) -> SaveJob | None:
-        """Reserve slots for the blocks that are full and new; return the copy if there is one.
-
-        Raises nothing: what cannot be saved is computed again one day.
-        """
-        if not tracked.usable or self.session.welcome is None:
-            return None
-        try:
-            first, hashes, rows = self._full_blocks(tracked)
-            if not rows:
-                return None
-            reserved = self._line.reserve(
-                tracked, first, hashes[: first + len(rows)], self._settings.tenant
-            )
-        except DaemonError as error:
-            self._line.note(error)
-            return None
-        tracked.saved_blocks = first + len(rows)
-        self.statistics.throttled_blocks += reserved.throttled
-        if not reserved.slots:
-            return None
-        copy = PageCopy([], [], [[] for _ in range(self._pages.groups)])
-        for slot, index in zip(reserved.slots, reserved.indices, strict=True):
-            for place, row in enumerate(rows[index]):
-                copy.slots.append(slot)
-                copy.places.append(place)
-                for pages, page in zip(copy.pages, row, strict=True):
-                    pages.append(page)
-        job = SaveJob(next(self._jobs), tracked.request, tracked.epoch, copy)
-        self._saves[job.id] = _Saving(tracked, tracked.epoch, reserved.slots)
-        tracked.saving.add(job.id)
-        self._desk.open(job)
-        return job
-
-    def _full_blocks(self, tracked: Tracked) -> tuple[int, list[Any], list[list[list[int]]]]:
-        """Return (first block, all keys, for each new full block the pages of its places)."""
-        last = tracked.computed // self._block_tokens
-        if last <= tracked.saved_blocks and tracked.epoch == self.session.epoch:
-            return 0, [], []
-        try:
-            hashes = self._line.hashes(tracked, last)
-        except ValueError:
-            self._spoil(tracked, "odd token ids")
-            return 0, [], []
-        rows: list[list[list[int]]] = []
-        for block in range(tracked.saved_blocks, last):
-            start = block * self._places
-            places = [tracked.row(start + n, tracked.pages) for n in range(self._places)]
-            told = [row for row in places if row is not None]
-            if len(told) < self._places:
-                break  # not told yet
-            bad = sum(not self._pages.is_page(row) for row in told)
-            if bad:
-                self.statistics.bad_pages += bad
-                self._spoil(tracked, "a page that does not exist")  # later blocks hang on this one
-                break
-            rows.append(told)
-        return tracked.saved_blocks, hashes, rows
 
     # -- private: reports ----------------------------------------------------------------------
 
@@ -400,23 +295,16 @@ class Keeper:
         for report in self._desk.take_reports():
             if report.job in self._loads:
                 self._loaded(self._loads.pop(report.job), report)
-            elif report.job in self._saves:
-                self._saved(self._saves.pop(report.job), report)
+            else:
+                self._saver.ended(report)
 
     def _loaded(self, tracked: Tracked, report: Report) -> None:
-        self._copies.copied(report.copied_bytes if report.done else 0, report.took_s)
+        if report.done:
+            self._copies.copied(report.copied_bytes, report.took_s)
+            self.statistics.loaded_pages += report.copied_bytes // self._pages.page_bytes
         tracked.loading.discard(report.job)
         if not tracked.loading and tracked.offer is None:
             self._line.release(tracked)
-
-    def _saved(self, saving: _Saving, report: Report) -> None:
-        saving.tracked.saving.discard(report.job)
-        good = report.done and not saving.void
-        if good:
-            self.statistics.saved_blocks += len(saving.slots)
-        else:
-            self.statistics.unsaved_blocks += len(saving.slots)
-        self._line.hand_over(saving.tracked.name, saving.epoch, saving.slots, good=good)
 
     def _measure(self, plan: StepPlan, told: Sequence[Any]) -> None:
         """Note what the step computes, to learn how fast prompts are."""

@@ -42,6 +42,21 @@ class Line:
         self._keys_epoch = 0
         self._mapped_epoch = 0
 
+    @property
+    def up(self) -> bool:
+        """Whether the session is up, as far as we know."""
+        return self._session.welcome is not None
+
+    @property
+    def epoch(self) -> int:
+        """The session's epoch."""
+        return self._session.epoch
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens in one block."""
+        return self._session.layout.block_tokens
+
     def ready(self) -> bool:
         """Return whether the daemon can be asked now; never waits."""
         if self._session.welcome is None and self._leases:

@@ -122,6 +122,9 @@ class Mover:
                     if stream and after is not None:
                         stream.wait_event(after)
                     self._carry_out(job, stream)
+            except BaseException as error:
+                self._desk.break_off(f"the copying thread has ended: {error!r}")
+                raise
             finally:
                 with self._changed:
                     self._running = None

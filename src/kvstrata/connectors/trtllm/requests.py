@@ -86,8 +86,6 @@ class Tracked:
     """Pages that were loaded: position -> page numbers."""
     loading: set[int] = field(default_factory=set)
     """Loads under way."""
-    saving: set[int] = field(default_factory=set)
-    """Saves under way."""
 
     def extend(self, blocks: int, block_tokens: int) -> None:
         """Hash the first `blocks` blocks; raises ValueError for ids that are no tokens."""
@@ -120,8 +118,8 @@ class Tracked:
                 pages.extend(more)
         if len(told) != groups:
             return "other groups of layers"
-        salt = getattr(data, "cache_salt", None)
-        if salt and salt != self.identity.salt:
+        salt, known = getattr(data, "cache_salt", None), self.identity.salt
+        if salt and salt != known and not known.startswith(_SALT_ID):
             return "other cache_salt"
         # The first time the engine leaves out what we have loaded: then this is too little, never
         # too much, and the next step makes it good.
@@ -175,9 +173,7 @@ def read_identity(request: Any, adapters: Mapping[int, str]) -> Identity:
 
 
 def _read(request: Any, name: str) -> Any:
-    """Return an attribute, which older bindings have as a method."""
-    value = getattr(request, name, _MISSING)
-    return value() if callable(value) else value
+    return getattr(request, name, _MISSING)
 
 
 def _present(request: Any, name: str) -> bool:

@@ -14,10 +14,11 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, Self
 
+from kvstrata.connectors.trtllm.account import Statistics
 from kvstrata.connectors.trtllm.desk import Desk, desk_of, partner_of
 from kvstrata.connectors.trtllm.engine import check_arguments, engine_namespace, read_model
 from kvstrata.connectors.trtllm.interface import SchedulerBase, check_interface, engine_version
-from kvstrata.connectors.trtllm.keeper import Keeper, Statistics
+from kvstrata.connectors.trtllm.keeper import Keeper
 from kvstrata.connectors.trtllm.settings import ConnectorSettings, read_settings
 from kvstrata.core.errors import ConfigError
 from kvstrata.runtime.session import Session
