@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -146,6 +147,28 @@ def test_a_restart_under_another_engine_finds_what_the_tiers_hold(serve, join, t
         assert stats(daemon.address)["counters"]["corrupt_blocks"] == 0
 
 
+def test_an_engine_on_another_machine_finds_what_a_bucket_holds(
+    serve, join, s3_server, monkeypatch, tmp_path
+):
+    """The layout that the bucket's blocks have is the one that the new daemon takes."""
+    pytest.importorskip("obstore", reason="no obstore installed (kvstrata[object])")
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket, _, options = s3_server.url.partition("?")
+    tiers = f"host:1MiB,object:{bucket}/{os.urandom(8).hex()}?{options}:8MiB"
+    secret = tmp_path / "secret"
+    secret.write_bytes(os.urandom(32))
+    digests, sent = chain(0, 4), pages(0, 4)
+    daemon = serve(tiers, "a.sock", "--secret-file", str(secret))
+    writer = join(daemon.address, LAYOUTS["page-first"])
+    assert writer.save(digests, None, sent, range(4)) == [True] * 4
+    stats(daemon.address)
+    other = serve(tiers, "b.sock", "--secret-file", str(secret))
+    kept = join(other.address, LAYOUTS["vllm-tp2"])
+    assert stats(other.address)["layout"] == LAYOUTS["page-first"].describe()
+    read_right(kept, LAYOUTS["vllm-tp2"], digests, sent, LAYOUTS["page-first"])
+
+
 # -- refusals ----------------------------------------------------------------------------------
 
 
@@ -226,12 +249,12 @@ def test_a_slab_decides_before_a_directory_and_both_only_if_bridged(tmp_path):
 
 def test_in_a_directory_ones_own_layout_comes_first(tmp_path):
     tiers = f"host:1MiB,shared:{tmp_path}:4MiB"
-    for name in ("page-first", "vllm"):
-        DirectoryStore.open(str(tmp_path), 4 << 20, LAYOUTS[name]).close()
-    lowest = min((LAYOUTS["page-first"], LAYOUTS["vllm"]), key=lambda each: each.fingerprint)
-    assert choose(tiers, LAYOUTS["transformers"]) == lowest
-    DirectoryStore.open(str(tmp_path), 4 << 20, LAYOUTS["transformers"]).close()
-    assert choose(tiers, LAYOUTS["transformers"]) == LAYOUTS["transformers"]
+    lowest, *others, own = sorted(LAYOUTS.values(), key=lambda each: each.fingerprint)
+    for layout in (others[0], lowest):
+        DirectoryStore.open(str(tmp_path), 4 << 20, layout).close()
+    assert choose(tiers, own) == lowest
+    DirectoryStore.open(str(tmp_path), 4 << 20, own).close()
+    assert choose(tiers, own) == own
 
 
 def test_a_damaged_front_is_left_to_who_opens_it(tmp_path):
