@@ -24,6 +24,11 @@ _FP8_KINDS: Final = {
     "fp8_e4m3": "float8_e4m3fn",
     "fp8_e5m2": "float8_e5m2",
 }
+_HINTS: Final = {
+    "MambaSpec": "states of Mamba and linear attention are not kept yet",
+    "MLAAttentionSpec": "no engine that we can test attends over latent (MLA) pages it has loaded",
+    "ChunkedLocalAttentionSpec": "chunked attention is not tested",
+}
 _FP8_PER_TENSOR: Final = 1  # vLLM's KVQuantMode: constant scales, which come with the weights
 
 SPECULATION: Final = ("ngram",)
@@ -142,5 +147,6 @@ def _refuse_spec(spec: Any, cache_dtype: str) -> None:
     if found:
         raise LayoutError(
             f"the model's KV cache is {kind} with {found}, which kvstrata does not know",
-            hint="only full attention and sliding windows are supported; run without the connector",
+            hint=_HINTS.get(kind, "only full attention and sliding windows are supported")
+            + "; run this model without the connector",
         )
