@@ -161,6 +161,7 @@ class SchedulerHalf:
         tracked = self._track(request)
         if not external_tokens:
             if not tracked.loading:
+                tracked.asked_at = 0.0
                 self._release([tracked])
             return
         (pages,) = blocks.get_block_ids()
@@ -420,7 +421,11 @@ class SchedulerHalf:
     def _adapters_of(self, *requests: Iterable[str]) -> list[Any]:
         """Return the LoRARequests that these requests of the step compute or load with."""
         tracked = map(self._requests.get, itertools.chain(*requests))
-        return [each.request.lora_request for each in tracked if each and each.adapter]
+        return [
+            each.request.lora_request
+            for each in tracked
+            if each and each.adapter and each.adapter.digest
+        ]
 
     def _hashes(self, tracked: _Tracked, tokens: int) -> list[SequenceHash]:
         """Return the keys of the first `tokens` tokens' full blocks, in the session's epoch."""
