@@ -81,6 +81,20 @@ def test_an_adapter_that_cannot_be_told_is_not_served(known):
     assert known.digest(request) == ""
 
 
+def test_an_adapter_that_is_loaded_in_each_step_is_not_served(known):
+    request, other = asked(), asked(path="/two")
+    for each in (request, other):
+        known.digest(each)
+        known.take(told(each, "d1"))
+    changing = asked()
+    changing.load_inplace = True
+    assert known.digest(changing) == ""
+    assert known.digest(request) == "", "vLLM's own cache may have blocks of other weights now"
+    assert known.digest(other) == "d1"
+    known.forget()
+    assert known.digest(request) is None
+
+
 def test_a_digest_tells_any_change_of_the_weights():
     import torch
 

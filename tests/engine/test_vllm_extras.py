@@ -113,6 +113,7 @@ def test_a_medium_is_what_the_model_is_given():
     assert len(set(digests)) == len(kinds)
     assert MediumDigests().media([feature(pixels.clone())])[0].digest == digests[0]
     assert known.media([feature(object())]) is None, "nothing is guessed"
+    assert known.media([feature([7, 1])]) is None, "an address is no image"
     gone = feature(pixels)
     gone.data = None
     assert known.media([kinds[0], gone]) is None

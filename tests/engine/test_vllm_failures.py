@@ -274,3 +274,16 @@ def test_unmappable_arena_means_no_cache(engine_on, prompts, reference, monkeypa
                 engine.forget()
         assert engine.counters()["stored_blocks"] == 0
     assert "cannot map" in caplog.text
+
+
+def test_a_worker_that_can_load_nothing_holds_up_no_request(engine_on, prompts, reference):
+    """vLLM asks again whenever nothing of a load arrived; somebody has to stop."""
+    with engine_on({"tiers": "host:64MiB"}) as engine:
+        engine.ask(prompts)
+        engine.forget()
+        tried = []
+        engine.worker._load = lambda job: tried.append(job.request) or job.copy.pages
+        answers = engine.ask(prompts)
+        assert [answer.tokens for answer in answers] == reference
+        assert max(map(tried.count, tried)) == 2
+        assert sum(sum(answer.tokens_from.values()) for answer in answers) == 0

@@ -158,3 +158,27 @@ def test_weights_that_change_while_a_request_runs(engine_on, prompts, right, tmp
         assert tokens != tuple(answer[330:338]), "the rest was of other weights"
         assert ask(engine, prompt, lora("again", 4, paths[1])) == (second, 0)
         assert ask(engine, prompt, lora("again", 3, paths[0])) == (first, 256)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_workers_agree_on_weights(engine_on, make_llama, prompts, adapters, tmp_path):
+    """Everything goes through other processes: what is asked, what is told, and new weights."""
+    prompt, other = prompts[2], make_llama(tmp_path / "other", seed=1)
+    parallel = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with engine_on({"tiers": "host:64MiB"}, **OPTIONS, **parallel) as engine:
+        one, two = lora("one", 1, adapters[0]), lora("two", 2, adapters[1])
+        first, second = ask(engine, prompt, one), ask(engine, prompt, two)
+        assert (first[1], second[1]) == (0, 0)
+        assert ask(engine, prompt, one) == (first[0], 256)
+        assert ask(engine, prompt, two) == (second[0], 256)
+        base, _ = ask(engine, prompt, None)
+        assert ask(engine, prompt, None) == (base, 256)
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        renewed, kept = ask(engine, prompt, None)
+        assert renewed != base
+        assert kept == 0
+        assert ask(engine, prompt, None) == (renewed, 0)
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        for expected in (0, 0, 256):  # the first look after a reset, a save, a load
+            assert ask(engine, prompt, None) == (renewed, expected)

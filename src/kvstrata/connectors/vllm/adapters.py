@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Mapping
-from hashlib import sha256
 from typing import Any, Final
 
 import torch
+from blake3 import blake3
 
 from kvstrata.connectors.vllm.metadata import AdapterKey, AdapterUse
 
@@ -34,7 +34,7 @@ def key_of(lora_request: Any) -> AdapterKey:
 
 def weights_digest(loras: Mapping[str, Any]) -> str:
     """Return a digest over the adapter's weights of each module, as vLLM holds them in memory."""
-    digest = sha256()
+    digest = blake3()
     for module, weights in sorted(loras.items()):
         digest.update(f"\0module {module}\0".encode())
         for part in ("lora_a", "lora_b", "scaling"):
@@ -110,14 +110,15 @@ class KnownAdapters:
 
         Empty means that it cannot be told, or that requests cannot tell its weights apart.
         """
-        if lora_request.load_inplace:  # vLLM loads it anew in each step
-            return ""
         key = key_of(lora_request)
-        if self._by_name.get((key.name, key.path)) == "":
+        if (
+            lora_request.load_inplace
+        ):  # vLLM loads it anew in each step, maybe other weights each time
+            self._by_name[key.name, key.path] = ""
+        full = len(self._by_name) + len(self._asked) >= _ADAPTERS_MAX
+        if full or self._by_name.get((key.name, key.path)) == "":
             return ""
         if key not in self._digests:
-            if len(self._digests) + len(self._asked) >= _ADAPTERS_MAX:
-                return ""
             self._asked[key] = lora_request
             return None
         return self._digests[key]

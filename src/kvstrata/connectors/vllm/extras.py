@@ -83,32 +83,34 @@ class MediumDigests:
         seen = self._seen.get(number)
         if seen and seen[0]() is item:
             return seen[1]
-        digest = blake3()
+        digest, tensors = blake3(), 0
         try:
             for name, element in sorted(item.items()):
                 digest.update(_spell("field", name))
-                _read(digest, element.data)
+                tensors += _read(digest, element.data)
         except TypeError:
+            return None
+        if not tensors:  # an address in memory that vLLM's processor shares with its worker
             return None
         alive = weakref.ref(item, lambda _: self._seen.pop(number, None))
         self._seen[number] = (alive, digest.digest())
         return digest.digest()
 
 
-def _read(digest: blake3, data: Any) -> None:
-    """Mix in a tensor or a nest of them; raises TypeError for anything else."""
+def _read(digest: blake3, data: Any) -> int:
+    """Mix in a tensor or a nest of them; return how many. Raises TypeError for anything else."""
     if isinstance(data, torch.Tensor):
         digest.update(_spell("tensor", str(data.dtype), *data.shape))
         plain = data.detach().cpu().contiguous().reshape(-1)
         digest.update(plain.view(torch.uint8).numpy().data)
-    elif isinstance(data, list | tuple):
+        return 1
+    if isinstance(data, list | tuple):
         digest.update(_spell("list", len(data)))
-        for each in data:
-            _read(digest, each)
-    elif isinstance(data, int | float | str):
+        return sum(_read(digest, each) for each in data)
+    if isinstance(data, int | float | str):
         digest.update(_spell("value", repr(data)))
-    else:
-        raise TypeError(f"no digest of a {type(data).__name__}")
+        return 0
+    raise TypeError(f"no digest of a {type(data).__name__}")
 
 
 def _spell(*fields: str | int) -> bytes:

@@ -70,7 +70,6 @@ class _Tracked:
     holding: bool = False  # the daemon holds blocks for it
     loading: bool = False  # its load was given to the worker and has not ended
     load_tokens: int = 0  # what that load is for
-    load_failed: bool = False  # it is computed: asked again it might fail for ever
     finished: bool = False
     asked_at: float = 0.0  # first, for the load under way
     promised_pages: int = 0  # by it
@@ -101,6 +100,7 @@ class SchedulerHalf:
         self._cache = cache
         self._page_tokens = cache.page_tokens
         self._workers = cache.ranks
+        self._failed_loads_max = _FAILED_LOADS_MAX if cache.is_whole else 1  # all was lost
         self._enabled = enabled
         self._requests: dict[str, _Tracked] = {}
         self._names = map(str, itertools.count(1))
@@ -166,6 +166,7 @@ class SchedulerHalf:
         tracked = self._track(request)
         if not external_tokens:
             if not tracked.loading:
+                tracked.asked_at = 0.0
                 self._release([tracked])
             return
         tokens = range(tracked.local_tokens, tracked.local_tokens + external_tokens)
@@ -234,7 +235,6 @@ class SchedulerHalf:
             tracked = self._requests.get(request_id)
             if tracked:
                 tracked.loading = False
-                tracked.load_failed = not good_pages
                 self._count_load(tracked, good_pages)
                 self._count(tracked, good_pages)
                 done.append(tracked)
@@ -296,7 +296,7 @@ class SchedulerHalf:
             "weights changed": self._weights_changed,
             "no daemon": not ready,
             "unknown adapter or image": ready and not self._holds(tracked),
-            "loads failed": tracked.load_failed or tracked.failed_loads >= _FAILED_LOADS_MAX,
+            "loads failed": tracked.failed_loads >= self._failed_loads_max,
         }
         why = next((reason for reason, true in reasons.items() if true), None)
         if why:
@@ -425,7 +425,11 @@ class SchedulerHalf:
     def _adapters_of(self, *requests: Iterable[str]) -> list[Any]:
         """Return the LoRARequests that these requests of the step compute or load with."""
         tracked = map(self._requests.get, itertools.chain(*requests))
-        return [each.request.lora_request for each in tracked if each and each.adapter]
+        return [
+            each.request.lora_request
+            for each in tracked
+            if each and each.adapter and each.adapter.digest
+        ]
 
     def _hashes(self, tracked: _Tracked, tokens: int) -> list[SequenceHash]:
         """Return the keys of the first `tokens` tokens' full blocks, in the session's epoch."""
