@@ -95,18 +95,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class _Outcomes:
-    """Appends one line for each test, `passed NAME`, and one for whatever else came of it."""
+    """Writes one line for each test, `passed NAME`, and one for whatever else came of it."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("", encoding="utf-8")
+        self._file = path.open("w", encoding="utf-8", buffering=1)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Setup and teardown count only when they failed or skipped."""
         if report.when == "call" or not report.passed:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"{report.outcome} {report.nodeid}\n")
+            self._file.write(f"{report.outcome} {report.nodeid}\n")
+
+    def pytest_unconfigure(self) -> None:
+        """The session is over."""
+        self._file.close()
 
 
 @pytest.fixture

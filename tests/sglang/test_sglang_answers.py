@@ -148,6 +148,25 @@ def test_an_engine_restart_in_another_layout_finds_every_page(
     assert from_storage(warm) == [whole_pages(prompt) for prompt in prompts]
 
 
+def test_two_engines_at_once_share_pages_and_one_computes_in_parts(
+    engine, engine_on, daemon, prompts, reference
+):
+    settings = {"address": daemon.address}
+    with (
+        engine_on(settings, chunked_prefill_size=4 * PAGE_TOKENS) as second,
+        engine.attached(**settings),
+    ):
+        for writer, reader, part in ((second, engine, slice(6)), (engine, second, slice(6, 12))):
+            cold = writer.ask(prompts[part])
+            assert tokens(cold) == reference[part]
+            assert from_storage(cold) == [0] * 6
+            writer.forget()  # once everything is written
+            daemon.statistics()
+            warm = reader.ask(prompts[part])
+            assert tokens(warm) == reference[part]
+            assert from_storage(warm) == [whole_pages(prompt) for prompt in prompts[part]]
+
+
 def test_a_private_daemon_keeps_pages_on_disk_and_another_model_finds_none(
     engine, engine_on, prompts, reference, make_llama, tmp_path
 ):
