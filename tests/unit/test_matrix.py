@@ -28,14 +28,17 @@ LANES = {
 """Engine -> where its tests run the real thing; one that is missing here cannot `work`."""
 
 RUNNING = {
-    "vllm": {"engine_on", "kept_engine"},
+    "vllm": {"engine_on", "kept_engine", "multi"},
     "sglang": {"engine", "engine_on"},
     "transformers": {"make_cache"},
 }
 """Fixtures that are, or start, a real engine."""
 
-PROGRAMS = {"test_demo.py", "test_examples.py"}
+PROGRAMS = {"test_cross_engine.py", "test_demo.py", "test_examples.py"}
 """Modules whose tests start whole programs instead."""
+
+ALL_ENGINES = "tests/sglang/test_cross_engine.py"
+"""Runs vLLM, SGLang and transformers beside each other."""
 
 NAMED = {
     "sync load", "async load", "layer-wise load", "layer-wise save", "chunked prefill",
@@ -91,7 +94,7 @@ def test_a_named_test_exists(test) -> None:
 def test_what_works_was_seen_on_the_real_engine(cell) -> None:
     assert cell.engine in LANES, "no lane runs this engine"
     path, function = parts(cell.test)
-    assert path.startswith(LANES[cell.engine])
+    assert path == ALL_ENGINES or path.startswith(LANES[cell.engine])
     asked = {argument.arg for argument in functions(path)[function].args.args}
     assert asked & RUNNING[cell.engine] or Path(path).name in PROGRAMS, "it starts no engine"
 
