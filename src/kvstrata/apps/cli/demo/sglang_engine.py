@@ -112,7 +112,11 @@ class SglangEngine:
         self._engine.shutdown()
         if self._daemon is not None:
             self._daemon.terminate()
-            self._daemon.wait(_END_TIMEOUT_S)
+            try:
+                self._daemon.wait(_END_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._daemon.kill()
+                self._daemon.wait(_END_TIMEOUT_S)
         return {}
 
 
