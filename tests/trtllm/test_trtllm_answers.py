@@ -267,3 +267,28 @@ def test_a_store_that_is_too_small_evicts_and_throttles(start, sim, world):
     assert engine.scheduler.statistics.saved_blocks > 30
     assert engine.scheduler.statistics.offered_tokens > 0
     assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_answered_token_is_not_in_the_pages_yet(start, sim, world, kind):
+    cold = start(**kind)
+    first = sim.Request(1, prompt(29), 3)
+    cold.run(first)
+    assert len(first.tokens) % 8 == 0
+    cold.close()
+    warm = start(**kind, seed=1)
+    longer = sim.Request(2, first.tokens + prompt(6, seed=3), 3)
+    warm.run(longer)
+    assert longer.external == 24
+    assert longer.answer == world.answer(longer.prompt, 3)
+
+
+def test_an_offer_that_is_called_off_holds_nothing_from_then_on(start, sim):
+    start(manager="v2").run(sim.Request(1, prompt(42), 3))
+    warm = start(manager="v2", seed=1)
+    request = sim.Request(1, prompt(42), 3)
+    assert warm.scheduler.get_num_new_matched_tokens(request, 0) == (40, False)
+    warm.scheduler.cancel_load(request, 0, 40)
+    assert not warm.scheduler._keeper._line._leases
+    data = sim.RequestData(1, list(request.tokens), list(range(11)), 0, 42)
+    assert not warm.scheduler.build_connector_meta(sim.SchedulerOutput([data])).loads
