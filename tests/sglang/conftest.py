@@ -65,22 +65,29 @@ class Answer:
 
 
 class Engine:
-    """An SGLang engine in a process of its own (driver.py)."""
+    """An SGLang engine in a process of its own (driver.py), or what another driver runs."""
 
-    def __init__(self, arguments: dict[str, Any], log: Path) -> None:
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        log: Path,
+        driver: Path = Path(__file__).parent / "driver.py",
+        python: Path = Path(sys.executable),
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self.log = log
         order_reader, self._orders = os.pipe()
         self._answers, answer_writer = os.pipe()
-        driver = str(Path(__file__).parent / "driver.py")
         fds = (order_reader, answer_writer)
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, driver, *map(str, fds), json.dumps(arguments)],
+                [str(python), str(driver), *map(str, fds), json.dumps(arguments)],
                 pass_fds=fds,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                env=os.environ | (_TWO_RANKS if arguments.get("tp_size") == 2 else {}),
+                env=environment
+                or os.environ | (_TWO_RANKS if arguments.get("tp_size") == 2 else {}),
                 start_new_session=True,  # what fails ends with its process group
             )
         for fd in fds:
@@ -293,6 +300,25 @@ def engine_on(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Eng
     ) -> AbstractContextManager[Engine]:
         log = logs / f"{next(numbers)}.log"
         return run_engine(model or tiny_model, log, extra, **options)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def start_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`with start_process(arguments, driver, python, environment) as engine:` runs a driver."""
+    logs = tmp_path_factory.mktemp("drivers")
+
+    @contextmanager
+    def start(
+        arguments: dict[str, Any], driver: Path, python: Path, environment: dict[str, str]
+    ) -> Iterator[Engine]:
+        engine = Engine(arguments, logs / f"{driver.stem}.log", driver, python, environment)
+        try:
+            engine.wait_started()
+            yield engine
+        finally:
+            engine.close()
 
     return start
 

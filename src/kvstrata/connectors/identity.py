@@ -1,21 +1,68 @@
-"""What names a model's weights and its configuration: for any connector, with no engine in it."""
+"""What names a model's weights and configuration: one namespace for every engine that agrees.
+
+Nothing of an engine's way to keep its numbers is in it. Whatever may change them is, and where it
+is not known whether a setting does, it counts as one that does (docs/adr/0014).
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
 from kvstrata.core.errors import ConfigError
+from kvstrata.layout import BlockLayout, model_geometry
+from kvstrata.tokens import Namespace
 
-__all__ = ["numerics_digest", "plain_config", "weights_revision"]
+__all__ = [
+    "ModelIdentity",
+    "effective_config",
+    "engine_namespace",
+    "model_name",
+    "numerics_digest",
+    "plain_config",
+    "weights_revision",
+]
 
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".gguf")
 _SAMPLE_BYTES: Final = 1 << 16
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
+_UNSET: Final = frozenset({"None", "", "auto", "False"})
+"""Settings, as text, that leave a choice to the engine, which the other fields then tell."""
+_FIXED_ROPES: Final = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
+"""Types of rope whose angles do not depend on how long texts may be or are."""
+_NOT_NUMERIC: Final = frozenset({
+    "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id", "output_attentions",
+    "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "torch_dtype",
+    "transformers_version", "use_cache",
+})  # fmt: skip
+"""Fields of a configuration that decide no key or value: the element type is named apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What decides the numbers of an engine's KV besides tokens, salt and geometry."""
+
+    engine: str
+    """Which engine it is; in the namespace only where something of its own is too."""
+    model: str
+    """The model's name (`model_name`)."""
+    weights: str
+    """Revision of the weights (`weights_revision`), or what the operator says it is."""
+    config: Mapping[str, Any]
+    """The effective configuration as transformers writes it, overrides included."""
+    dtype: str
+    """Element type in which the model is computed."""
+    kv_dtype: str = "auto"
+    """How the engine was told to keep KV; `auto` for as computed."""
+    tokens_max: int | None = None
+    """Longest text that the engine takes; counts only where rope depends on it."""
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of this engine that change numbers, or may; those left to the engine do not."""
 
 
 def numerics_digest(numerics: Mapping[str, Any]) -> str:
@@ -73,3 +120,72 @@ def _directory_digest(folder: Path, setting: str) -> str:
                 file.seek(offset)
                 digest.update(file.read(_SAMPLE_BYTES))
     return f"files:{digest.hexdigest()}"
+
+
+# -- the namespace ---------------------------------------------------------------------------------
+
+
+def engine_namespace(identity: ModelIdentity, layout: BlockLayout) -> Namespace:
+    """Return the namespace of blocks of `layout` that such an engine computes.
+
+    Engines that agree in what decides the numbers get the same one, whatever their axes, ranks,
+    page size and packing are. An engine with a setting that the others do not have is alone with
+    the engines of its kind that have it too.
+    """
+    own = {name: value for name, value in identity.own.items() if str(value) not in _UNSET}
+    if set(_rope_types(identity.config)) - _FIXED_ROPES:
+        own["tokens_max"] = identity.tokens_max  # some choose their factors by it
+    numerics = {"config": effective_config(identity.config), "dtype": identity.dtype}
+    if own:
+        numerics |= {"engine": identity.engine, "own": plain_config(own)}
+    auto = identity.kv_dtype in _UNSET
+    kv_dtype = layout.dtype if auto else f"{identity.engine}:{identity.kv_dtype}:{layout.dtype}"
+    return Namespace(
+        model=identity.model,
+        weights=identity.weights,
+        numerics=numerics_digest(numerics),
+        kv_dtype=kv_dtype,
+        geometry=model_geometry(layout),
+        block_tokens=layout.block_tokens,
+    )
+
+
+def effective_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's configuration without what does not decide its keys and values."""
+    return {
+        name: value
+        for name, value in plain_config(dict(config)).items()
+        if name not in _NOT_NUMERIC and value is not None
+    }
+
+
+def model_name(model: str, *, given: str, revision: str) -> str:
+    """Return the name of a model for its namespace.
+
+    `given` if the operator names it. Else a directory's own name where a digest of its files is in
+    the namespace too; its whole path where the operator has named the `revision`, which says
+    nothing without it; and the name of a hub model.
+    """
+    folder = Path(model)
+    if given or not folder.is_dir():
+        return given or model
+    return str(folder.resolve()) if revision else folder.resolve().name
+
+
+def _rope_types(config: Any) -> Iterator[str]:
+    """Yield the types of rope in a configuration, wherever in it they are."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            if name in {"rope_parameters", "rope_scaling"}:
+                yield from _types_below(value)
+            else:
+                yield from _rope_types(value)
+
+
+def _types_below(rope: Any) -> Iterator[str]:
+    if isinstance(rope, Mapping):
+        nested = [each for each in rope.values() if isinstance(each, Mapping)]
+        for each in nested:  # one for each kind of layer
+            yield from _types_below(each)
+        if not nested:
+            yield str(rope.get("rope_type", rope.get("type", "default")))

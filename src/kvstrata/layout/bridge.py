@@ -91,6 +91,4 @@ def _view(
     last = offset + sum((n - 1) * step for n, step in zip(counts, strides, strict=True))
     assert 0 <= offset <= last < blocks.shape[1], "a copy stays inside of its block"
     steps = (blocks.strides[0], *(step * size for step in strides))
-    return np.lib.stride_tricks.as_strided(
-        blocks[:, offset:], (blocks.shape[0], *counts), steps
-    )
+    return np.lib.stride_tricks.as_strided(blocks[:, offset:], (blocks.shape[0], *counts), steps)

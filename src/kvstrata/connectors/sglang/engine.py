@@ -21,6 +21,7 @@ __all__ = [
     "TESTED_VERSIONS",
     "check_pool_name",
     "check_version",
+    "model_config",
     "host_pages",
     "pool_geometry",
     "server_arguments",
@@ -70,6 +71,23 @@ def server_arguments() -> Mapping[str, Any]:
                 f"{name}: {why}", hint=f"run without {name}, or without this storage backend"
             )
     return known
+
+
+def model_config(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the model's configuration as transformers writes it, without SGLang's overrides.
+
+    SGLang's own object has fields of its own in it. None where transformers does not know it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            arguments["model_path"], revision=arguments["revision"], local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+    found: dict[str, Any] = config.to_dict()
+    return found
 
 
 def shard_of(config: HiCacheStorageConfig) -> tuple[Shard, bool]:

@@ -11,11 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from kvstrata.connectors.identity import numerics_digest, weights_revision
+from kvstrata.connectors.identity import (
+    ModelIdentity,
+    engine_namespace,
+    model_name,
+    weights_revision,
+)
 from kvstrata.layout import BlockLayout
 from kvstrata.tokens import Namespace
 
-__all__ = ["NUMERIC_ARGUMENTS", "engine_namespace"]
+__all__ = ["NUMERIC_ARGUMENTS", "model_file", "sglang_namespace"]
 
 NUMERIC_ARGUMENTS: Final = (
     "context_length",  # some rope scalings choose their factors by it
@@ -30,52 +35,62 @@ NUMERIC_ARGUMENTS: Final = (
 )
 """Server arguments that change the numbers in a page."""
 
+_TOLD_ELSEWHERE: Final = frozenset({"context_length", "dtype", "kv_cache_dtype", "load_format"})
 _SETTING: Final = "the extra config (or start SGLang with --revision)"
+_REAL_WEIGHTS: Final = frozenset({"auto", "safetensors", "pt"})
+"""Load formats that read the numbers of the files as they are."""
 
 
-def engine_namespace(
+def sglang_namespace(
     arguments: Mapping[str, Any],
     layout: BlockLayout,
-    order: str,
+    config: Mapping[str, Any] | None,
+    *,
     revision: str,
+    name: str,
 ) -> Namespace:
     """Return the namespace of the engine's KV.
 
-    `arguments` are the server's, `order` is that of the host pool: two engines with different
-    orders keep different bytes for one page. Raises ConfigError if the weights cannot be named.
+    `arguments` are the server's; `config` is the model's configuration as transformers writes it,
+    None if that cannot be told: then, as with overrides, the engine is alone with its kind.
+    `revision` and `name` are the operator's. Raises ConfigError if the weights cannot be named.
     """
-    model = str(arguments["model_path"])
-    dummy = str(arguments["load_format"]) == "dummy"
-    numerics = {
-        **{name: str(arguments[name]) for name in NUMERIC_ARGUMENTS},
-        "config": _model_config(model),
+    model, load_format = str(arguments["model_path"]), str(arguments["load_format"])
+    own = {each: arguments[each] for each in NUMERIC_ARGUMENTS if each not in _TOLD_ELSEWHERE}
+    own |= {
+        # SGLang merges them into the configuration in a way of its own.
+        "json_model_override_args": _overrides(arguments["json_model_override_args"]),
+        "load_format": None if load_format in _REAL_WEIGHTS else load_format,
         # Dummy weights are drawn from the seed; real ones do not depend on it.
-        "seed": arguments["random_seed"] if dummy else None,
+        "seed": arguments["random_seed"] if load_format == "dummy" else None,
+        "config": "as in its file" if config is None else None,
     }
-    # The tokens per vector are known; which of two orders they are in is not in the geometry.
-    axes = " ".join(each.name for each in layout.dimensions)
-    return Namespace(
-        model=f"sglang:{arguments['served_model_name'] or model}",
+    kv_dtype = str(arguments["kv_cache_dtype"])
+    dtype = layout.dtype if kv_dtype == "auto" else str(arguments["dtype"])
+    identity = ModelIdentity(
+        engine="sglang",
+        model=model_name(model, given=name, revision=revision),
         weights=revision or weights_revision(model, arguments["revision"], None, setting=_SETTING),
-        numerics=numerics_digest(numerics),
-        kv_dtype=f"{arguments['kv_cache_dtype']}:{layout.dtype}:{axes}:{_family(order)}",
-        geometry=layout.geometry,
-        block_tokens=layout.block_tokens,
+        config=model_file(model) if config is None else config,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        tokens_max=arguments["context_length"],
+        own=own,
     )
+    return engine_namespace(identity, layout)
 
 
-def _family(order: str) -> str:
-    """Return one name for orders that give the same bytes of a page."""
-    return "page-first" if order == "page_first" else "layer-first"
-
-
-def _model_config(model: str) -> Any:
-    """Return what the model's directory says of its geometry and rope; None for a hub model.
+def model_file(model: str) -> dict[str, Any]:
+    """Return what the model's directory says of its geometry and rope; nothing for a hub model.
 
     A hub model's configuration is as fixed as its weights, by the commit that names both.
     """
     path = Path(model) / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _overrides(text: Any) -> str | None:
+    return None if str(text or "").strip() in {"", "{}"} else str(text)

@@ -35,6 +35,8 @@ class StorageSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Eviction policy of the private daemon: lru, arc, lru2, s3fifo, 2q, auto, or a plug-in's."""
     tenant: Annotated[str, msgspec.Meta(max_length=TENANT_NAME_MAX)] = ""
     """Who is charged for what this engine stores."""
+    model_name: str = ""
+    """Name of the model for engines that share blocks; empty takes its directory's or hub name."""
     weights_revision: str = ""
     """Name of the weights' revision; empty derives one from the files."""
     secret_file: str | None = None

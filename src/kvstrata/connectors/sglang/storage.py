@@ -28,13 +28,14 @@ from kvstrata.connectors.sglang.canary import fly_canary
 from kvstrata.connectors.sglang.engine import (
     check_pool_name,
     check_version,
+    model_config,
     host_pages,
     pool_geometry,
     server_arguments,
     shard_of,
 )
 from kvstrata.connectors.sglang.hostpages import Bytes, FlatPages, HostPages, page_numbers
-from kvstrata.connectors.sglang.identity import engine_namespace
+from kvstrata.connectors.sglang.identity import sglang_namespace
 from kvstrata.connectors.sglang.kept import KeptPages
 from kvstrata.connectors.sglang.keys import page_digests
 from kvstrata.connectors.sglang.settings import read_settings
@@ -79,11 +80,12 @@ class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untype
         geometry = pool_geometry(mem_pool_host)
         pages = host_pages(mem_pool_host, geometry)
         layout = geometry.block_layout(self._shard)
-        namespace = engine_namespace(
+        namespace = sglang_namespace(
             self._arguments,
             layout,
-            geometry.order,
-            self._settings.weights_revision,
+            model_config(self._arguments),
+            revision=self._settings.weights_revision,
+            name=self._settings.model_name,
         )
         where = self._settings.where(self._shard, replicated=self._replicated)
         limits = self._settings.session_limits

@@ -53,6 +53,8 @@ class Settings:
     """File with the cluster secret of a private daemon."""
     limits: SessionLimits | None = None
     """How long the daemon is waited for."""
+    model_name: str = ""
+    """Name under which other engines keep blocks of this model; empty shares with none."""
 
 
 class Binding:
@@ -71,7 +73,9 @@ class Binding:
         self._parameters = tuple(inspect.signature(model.forward).parameters)
         whole, tokens = _canary_tokens(model, settings.block_tokens)
         layout = (geometry := _geometry(model, whole)).block_layout(settings.block_tokens)
-        namespace = model_namespace(model, layout, settings.weights_revision)
+        namespace = model_namespace(
+            model, layout, revision=settings.weights_revision, name=settings.model_name
+        )
         limits = Limits(staging_timeout_s=settings.load_timeout_s)
         where = settings.address or NodeConfig(
             parse_tiers(settings.tiers), settings.secret_file, limits

@@ -71,6 +71,7 @@ class KvstrataCache(DynamicCache):  # type: ignore[misc]  # transformers is unty
         salt: str = "",
         tenant: str = "",
         block_tokens: int = BLOCK_TOKENS_DEFAULT,
+        model_name: str = "",
         weights_revision: str = "",
         prefill_tokens_per_s: float = 0.0,
         load_timeout_s: float = 5.0,
@@ -80,13 +81,14 @@ class KvstrataCache(DynamicCache):  # type: ignore[misc]  # transformers is unty
         """Return a cache for `model`, with the daemon at `address` or a private one with `tiers`.
 
         Reads all weights to name them, unless `weights_revision` does, and stores and loads one
-        block to see that it comes back. Raises LayoutError for a model that is not served,
+        block to see that it comes back. With `model_name` blocks are shared with vLLM and
+        SGLang engines of this name and of the same revision. Raises LayoutError for a model that is not served,
         ConfigError for settings that cannot be, DaemonError if no daemon answers.
         """
         _check(tenant, block_tokens)
         settings = Settings(
             tiers, address, salt, tenant, block_tokens, weights_revision,
-            prefill_tokens_per_s, load_timeout_s, secret_file, limits,
+            prefill_tokens_per_s, load_timeout_s, secret_file, limits, model_name,
         )  # fmt: skip
         return cls(Binding(model, settings))
 

@@ -10,8 +10,15 @@ import torch
 import transformers
 from blake3 import blake3
 
-from kvstrata.connectors.identity import numerics_digest, plain_config
+from kvstrata.connectors.identity import (
+    ModelIdentity,
+    engine_namespace,
+    numerics_digest,
+    plain_config,
+    weights_revision,
+)
 from kvstrata.connectors.transformers.eligibility import foreign_hooks
+from kvstrata.connectors.transformers.weightfiles import refuse_other_weights
 from kvstrata.layout import BlockLayout
 from kvstrata.tokens import Namespace
 
@@ -20,16 +27,28 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelWatch", "model_namespace"]
 
+_PLAIN_ATTENTION: Final = frozenset({"eager", "sdpa"})
+"""Implementations of attention that are one function, up to rounding, for models without oddities."""
+_ODD_ATTENTION: Final = ("softcap", "sink")
+"""Parts of the names of what some implementations leave out."""
 _SAMPLES: Final = 256
 """Elements of each weight that are looked at before each use."""
 
 
-def model_namespace(model: PreTrainedModel, layout: BlockLayout, revision: str) -> Namespace:
+def model_namespace(
+    model: PreTrainedModel, layout: BlockLayout, *, revision: str, name: str
+) -> Namespace:
     """Return the namespace of the model's KV.
 
     The weights are named by a digest of every byte of them as they are in memory, buffers
     included; a given `revision` replaces that by samples, for models too large to read at start.
+    With a `name` the namespace is the one of every engine of that name and revision, which the
+    model's files tell unless it is given; raises ConfigError if they cannot, or if what lies in
+    memory is not what they say.
     """
+    if name:
+        refuse_other_weights(model)
+        return engine_namespace(_identity(model, name, revision), layout)
     if revision:
         weights = f"{revision}:{_sample_digest(_samples(model)).hex()}"
     else:
@@ -41,6 +60,26 @@ def model_namespace(model: PreTrainedModel, layout: BlockLayout, revision: str) 
         kv_dtype=layout.dtype,
         geometry=layout.geometry,
         block_tokens=layout.block_tokens,
+    )
+
+
+def _identity(model: PreTrainedModel, name: str, revision: str) -> ModelIdentity:
+    """Return what vLLM and SGLang say of the same model, and what may differ here."""
+    config_object, config = model.config, model.config.to_dict()
+    attention = str(config_object._attn_implementation)  # noqa: SLF001
+    odd = any(word in key for key, value in config.items() if value for word in _ODD_ATTENTION)
+    experts = any("experts" in key for key in config)
+    files = str(config_object._name_or_path)  # noqa: SLF001
+    return ModelIdentity(
+        engine="transformers",
+        model=name,
+        weights=revision or weights_revision(files, None, config_object, setting="for_model"),
+        config=config,
+        dtype=str(model.dtype).removeprefix("torch."),
+        own={
+            "attention": attention if odd or attention not in _PLAIN_ATTENTION else None,
+            "experts": getattr(config_object, "_experts_implementation", None) if experts else None,
+        },
     )
 
 

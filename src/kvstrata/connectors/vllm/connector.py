@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.connectors.vllm.geometry import paged_cache
-from kvstrata.connectors.vllm.identity import engine_namespace
+from kvstrata.connectors.vllm.identity import vllm_namespace
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import read_settings
@@ -62,10 +62,10 @@ class KvstrataConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is un
             self._worker = WorkerHalf(cache, layout)
             return
         self._recompute_failed_loads()
-        namespace = engine_namespace(vllm_config, layout, settings.weights_revision)
-        session = Session(
-            settings.where, layout, namespace, settings.session_limits, bridges=True
+        namespace = vllm_namespace(
+            vllm_config, layout, revision=settings.weights_revision, name=settings.model_name
         )
+        session = Session(settings.where, layout, namespace, settings.session_limits, bridges=True)
         session.open()
         self._scheduler = SchedulerHalf(
             session,

@@ -36,6 +36,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     block_tokens: Annotated[int, msgspec.Meta(ge=1, le=65536)] | None = None
     """Tokens in one block, a multiple of vLLM's block size; engines that share blocks must agree on
     it. None takes the smallest multiple that is at least 64."""
+    model_name: str = ""
+    """Name of the model for engines that share blocks; empty takes its directory's or hub name."""
     weights_revision: str = ""
     """Name of the weights' revision; empty derives one from the files."""
     secret_file: str | None = None

@@ -1,0 +1,285 @@
+"""One cache for all: blocks of one engine continue in the others, to the tokens of a cold run.
+
+vLLM runs in a process of another environment, where its packages are; SGLang in one of this one's,
+transformers in this process. One daemon serves them all; who comes first decides its layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(300)]  # three engines start first
+
+BLOCK_TOKENS = 64
+LENGTHS = (100, 200, 321, 450)
+WHOLE = [length // BLOCK_TOKENS * BLOCK_TOKENS for length in LENGTHS]
+ANSWER_TOKENS = 16
+ROUNDING_MAX = 1e-4  # of the largest number; float32
+
+
+def vllm_python() -> Path | None:
+    """The Python of the environment that has vLLM, beside this one; None if there is none."""
+    named = os.environ.get("KVSTRATA_TEST_VLLM_PYTHON")
+    python = Path(named) if named else Path(sys.prefix).parent / ".venv" / "bin" / "python"
+    if not python.exists():
+        return None
+    found = subprocess.run(
+        [python, "-c", "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"],
+        check=False,
+        env=clean_environment(),
+    )
+    return python if found.returncode == 0 else None
+
+
+def clean_environment() -> dict[str, str]:
+    """This environment without what SGLang needs on a CPU, and with our own package."""
+    import kvstrata
+
+    ours = {"PYTHONPATH": str(Path(kvstrata.__file__).parents[1])}
+    return {k: v for k, v in os.environ.items() if not k.startswith("SGLANG")} | ours
+
+
+class Daemon:
+    """`kvstrata serve` at one address, that may be emptied or killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.address = folder, f"ipc://{folder}/node.sock"
+        self.kept = 0
+        self.start()
+
+    def start(self) -> None:
+        tiers = f"host:64MiB,disk:{self.folder / f'kv{self.kept}'}:64MiB"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kvstrata.apps.cli.main", "serve", "--tiers", tiers,
+             "--address", self.address],
+            stderr=subprocess.PIPE, text=True, env=clean_environment(),
+        )  # fmt: skip
+        for line in self.process.stderr:
+            if "serves" in line:
+                return
+        raise AssertionError("the daemon did not start")
+
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+        self.process.stderr.close()
+
+    def emptied(self) -> None:
+        """Start over with nothing kept, and no layout."""
+        self.kill()
+        self.kept += 1
+        self.start()
+
+    def killed(self) -> None:
+        """Start over with what the disk has."""
+        self.statistics()
+        self.kill()
+        self.start()
+
+    def statistics(self) -> dict:
+        """Return the daemon's statistics once everything stored has reached the disk."""
+        from kvstrata.runtime.admin import AdminClient
+
+        with AdminClient(self.address) as admin:
+            admin.wait_idle(30)
+            return admin.stats()["node"]
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A daemon for every engine of this module."""
+    import shutil
+
+    folder = Path(tempfile.mkdtemp(prefix="kv"))  # a socket's path must be short
+    daemon = Daemon(folder)
+    yield daemon
+    daemon.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    import random
+
+    luck = random.Random(5)
+    return [[luck.randrange(3, 512) for _ in range(length)] for length in LENGTHS]
+
+
+class Vllm:
+    """A vLLM with two workers in its own environment (vllm_driver.py)."""
+
+    def __init__(self, engine) -> None:
+        self._engine = engine
+
+    def ask(self, prompts) -> tuple[list, list[int]]:
+        """Answer with an empty device cache; return tokens, and how many each were loaded."""
+        deadline = time.monotonic() + 30
+        while not self._engine._order({"do": "forget"}):
+            assert time.monotonic() < deadline
+        # A daemon that was lost is looked for once in a second, while the engine steps.
+        self._engine._order({"do": "ask", "given": {"prompts": [[7, 8, 9]], "max_tokens": 2}})
+        time.sleep(1.2)
+        self._engine._order({"do": "ask", "given": {"prompts": [[7, 8, 9]], "max_tokens": 8}})
+        given = {"prompts": prompts, "max_tokens": ANSWER_TOKENS}
+        said = self._engine._order({"do": "ask", "given": given})
+        return [each["tokens"] for each in said], [sum(each["from"].values()) for each in said]
+
+
+@pytest.fixture(scope="module")
+def vllm(shared, tiny_model, start_process):
+    python = vllm_python()
+    if python is None:
+        pytest.skip("no vLLM beside this environment (KVSTRATA_TEST_VLLM_PYTHON names another)")
+    arguments = {
+        "model": str(tiny_model),
+        "kvstrata": {"address": shared.address, "block_tokens": BLOCK_TOKENS},
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        "enforce_eager": True,
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 4,
+        "block_size": 32,
+        "max_num_batched_tokens": 512,
+        "kv_cache_memory_bytes": 64 << 20,
+        "skip_tokenizer_init": True,
+    }
+    driver = Path(__file__).parent / "vllm_driver.py"
+    with start_process(arguments, driver, python, clean_environment()) as engine:
+        yield Vllm(engine)
+
+
+class Sglang:
+    """An SGLang with one worker, which attaches for each run."""
+
+    def __init__(self, engine, address: str) -> None:
+        self._engine, self._address = engine, address
+
+    def ask(self, prompts) -> tuple[list, list[int]]:
+        with self._engine.attached(address=self._address):
+            said = self._engine.ask(prompts, max_tokens=ANSWER_TOKENS)
+        return [list(each.tokens) for each in said], [each.from_storage for each in said]
+
+    def cold(self, prompts) -> list:
+        self._engine.forget()
+        return [list(each.tokens) for each in self._engine.ask(prompts, max_tokens=ANSWER_TOKENS)]
+
+
+@pytest.fixture(scope="module")
+def sglang(shared, engine_on):
+    with engine_on(page_size=BLOCK_TOKENS, max_total_tokens=4096) as engine:
+        yield Sglang(engine, shared.address)
+
+
+class Transformers:
+    """A model in this process, with a cache for each run."""
+
+    def __init__(self, folder: Path, address: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+        self._folder, self._address = folder, address
+
+    def cache(self):
+        from kvstrata.connectors.transformers import KvstrataCache
+
+        return KvstrataCache.for_model(
+            self._model, address=self._address, model_name=self._folder.name
+        )
+
+    def _generate(self, ask, prompt) -> list:
+        import torch
+
+        ids = torch.tensor([prompt])
+        said = ask(ids, max_new_tokens=ANSWER_TOKENS, min_new_tokens=ANSWER_TOKENS, do_sample=False)
+        return said[0, len(prompt) :].tolist()
+
+    def ask(self, prompts) -> tuple[list, list[int]]:
+        tokens, loaded = [], []
+        with self.cache() as cache:
+            for prompt in prompts:
+                before = cache.statistics.loaded_tokens
+                tokens.append(self._generate(cache.generate, prompt))
+                loaded.append(cache.statistics.loaded_tokens - before)
+        return tokens, loaded
+
+    def cold(self, prompts) -> list:
+        return [self._generate(self._model.generate, prompt) for prompt in prompts]
+
+    def differences(self, prompts) -> list[float]:
+        """How far the kept KV of each prompt is from what this model computes, as a share."""
+        import torch
+        from transformers import DynamicCache
+
+        found = []
+        with self.cache() as cache:
+            for prompt in prompts:
+                ids = torch.tensor([prompt])
+                mine = DynamicCache(config=self._model.config)
+                with torch.no_grad():
+                    self._model(ids, past_key_values=mine)
+                cache.begin(ids)
+                size = len(prompt) // BLOCK_TOKENS * BLOCK_TOKENS
+                assert cache.get_seq_length() == size, "all full blocks are kept"
+                for kept, own in zip(cache.layers, mine.layers, strict=True):
+                    for ours, theirs in ((kept.keys, own.keys), (kept.values, own.values)):
+                        off = (ours - theirs[:, :, :size]).abs().max() / theirs.abs().max()
+                        found.append(float(off))
+        return found
+
+
+@pytest.fixture(scope="module")
+def transformers(shared, tiny_model):
+    return Transformers(tiny_model, shared.address)
+
+
+@pytest.fixture(scope="module")
+def cold(shared, vllm, sglang, transformers, prompts):
+    """Each engine's own answers, with nothing loaded."""
+    shared.emptied()
+    tokens, loaded = vllm.ask(prompts)
+    assert loaded == [0] * len(prompts)
+    return SimpleNamespace(
+        vllm=tokens, sglang=sglang.cold(prompts), transformers=transformers.cold(prompts)
+    )
+
+
+@pytest.mark.parametrize(
+    ("writer", "readers", "layout"),
+    [
+        ("vllm", ("sglang", "transformers"), "vllm-cpu-vec [rank=2 "),
+        ("sglang", ("vllm", "transformers"), "sglang-pages [kv=2 "),
+        ("transformers", ("vllm", "sglang"), "transformers-dynamic [layer=4 "),
+    ],
+)
+def test_blocks_of_one_engine_continue_in_the_others(
+    request, cold, shared, prompts, writer, readers, layout, record_property
+):
+    engines = {name: request.getfixturevalue(name) for name in (writer, *readers)}
+    shared.emptied()
+    tokens, loaded = engines[writer].ask(prompts)
+    assert (tokens, loaded) == (getattr(cold, writer), [0] * len(prompts)), "it writes, cold"
+    largest = max(request.getfixturevalue("transformers").differences(prompts))
+    record_property("largest_difference", largest)
+    print(json.dumps({"writer": writer, "largest_difference": largest}))  # pytest -s shows it
+    assert largest < ROUNDING_MAX
+    for reader in readers:
+        shared.killed()  # the reader is the first to say hello, over the writer's disk
+        tokens, loaded = engines[reader].ask(prompts)
+        assert tokens == getattr(cold, reader), f"{reader} goes on where {writer} was"
+        assert loaded == WHOLE, reader
+        node = shared.statistics()
+        assert node["layout"].startswith(layout), "the disk's layout is the daemon's"
+        assert node["counters"]["corrupt_blocks"] == 0
+    tokens, loaded = engines[reader].ask(prompts)
+    assert (tokens, loaded) == (getattr(cold, reader), WHOLE), "from the host, too"
