@@ -45,13 +45,14 @@ class Model:
         page: int | None = None,
         writer: str = "test",
         shard: Shard | None = None,
+        ranks: int = 1,
     ) -> BlockLayout:
         """The layout whose axes lie in `order`; axes that it does not have are left out."""
         shard = shard or Shard()
         page = page or self.tokens
         sizes = {
             "layer": self.layers // shard.pipeline_size,
-            "head": self.heads // shard.tensor_size,
+            "head": self.heads // shard.tensor_size // ranks,
             "page": self.tokens // page,
             "token": page,
             "channel": self.channels * (1 if writer == "test" else 2),
@@ -59,6 +60,9 @@ class Model:
         if self.kv and writer == "test":
             sizes["kv"] = 2
         names = [name for name in order if name in sizes]
+        if ranks > 1:
+            sizes["rank"] = ranks
+            names = ["rank", *names]
         if writer == VEC:  # it packs tokens and channels, so they lie innermost
             names = [
                 *(each for each in names if each not in {"token", "channel"}),
@@ -83,7 +87,8 @@ def block(model: Model, layout: BlockLayout) -> bytes:
     for index in itertools.product(*map(range, shape)):
         at = dict(zip(names, index, strict=True))
         layer = layout.shard.pipeline_rank * sizes["layer"] + at["layer"]
-        head = layout.shard.tensor_rank * sizes.get("head", 1) + at.get("head", 0)
+        worker = layout.shard.tensor_rank + at.get("rank", 0)
+        head = worker * sizes.get("head", 1) + at.get("head", 0)
         token = at.get("page", 0) * sizes["token"] + at["token"]
         channel, kv = at["channel"], at.get("kv", 0)
         if layout.writer == FUSED:
@@ -125,16 +130,20 @@ MODELS = st.builds(
 
 
 @st.composite
-def layouts(draw: st.DrawFn, model: Model, *, shard: bool = True) -> BlockLayout:
+def layouts(
+    draw: st.DrawFn, model: Model, *, shard: bool = True, ranks: bool = False
+) -> BlockLayout:
     writers = ["test", FUSED] if model.kv else ["test"]
     if model.kv and model.dtype == "float32":
         writers.append(VEC)
     pages = [size for size in range(1, model.tokens + 1) if model.tokens % size == 0]
-    ranks = Shard()
+    part, workers = Shard(), 1
+    if ranks:
+        workers = draw(st.sampled_from([n for n in (1, 2, 4) if model.heads % n == 0]))
     if shard:
         tensor = draw(st.sampled_from([n for n in (1, 2, 4) if model.heads % n == 0]))
         pipeline = draw(st.sampled_from([n for n in (1, 2) if model.layers % n == 0]))
-        ranks = Shard(
+        part = Shard(
             draw(st.integers(0, tensor - 1)),
             tensor,
             draw(st.integers(0, pipeline - 1)),
@@ -144,7 +153,8 @@ def layouts(draw: st.DrawFn, model: Model, *, shard: bool = True) -> BlockLayout
         draw(ORDERS),
         page=draw(st.sampled_from(pages)),
         writer=draw(st.sampled_from(writers)),
-        shard=ranks,
+        shard=part,
+        ranks=workers,
     )
 
 
@@ -176,8 +186,8 @@ def test_every_element_arrives_at_its_coordinates(data, model, kv):
 
 @given(st.data(), MODELS)
 def test_there_and_back_changes_no_byte(data, model):
-    one = data.draw(layouts(model, shard=False))
-    other = data.draw(layouts(model, shard=False))
+    one = data.draw(layouts(model, shard=False, ranks=True))
+    other = data.draw(layouts(model, shard=False, ranks=True))
     original = block(model, one)
     there = moved([plan_transform(one, other)], [original], other)
     assert moved([plan_transform(other, one)], [there], one) == original
@@ -185,7 +195,7 @@ def test_there_and_back_changes_no_byte(data, model):
 
 @given(st.data(), MODELS)
 def test_two_steps_are_one(data, model):
-    first, second = (data.draw(layouts(model, shard=False)) for _ in range(2))
+    first, second = (data.draw(layouts(model, shard=False, ranks=True)) for _ in range(2))
     last = data.draw(layouts(model))
     start = block(model, first)
     between = moved([plan_transform(first, second)], [start], second)
@@ -258,7 +268,13 @@ MODEL = Model(layers=2, heads=4, tokens=8, channels=2)
         (lambda: MODEL.layout(["layer", "kv", "token", "channel"]), "heads of the model differ"),
         (lambda: replace(MODEL.layout(HND), block_tokens=16), "do not hold 16 tokens"),
         (lambda: PagedCache(2, 4, 8, 4, "int32", "amx").block_layout(8), "not known here"),
-        (lambda: PagedCache(2, 4, 8, 4, "bfloat16", "vec").block_layout(8), "for float32 only"),
+        (lambda: PagedCache(2, 4, 8, 4, "int32", "vec").block_layout(8), "float32 only"),
+        (
+            lambda: replace(
+                PagedCache(2, 2, 8, 4, "int32", ranks=2).block_layout(8), shard=Shard(0, 2)
+            ),
+            "not the outermost axis of a whole block",
+        ),
         (lambda: replace(MODEL.layout(HND), writer=FUSED), "not K and V of equal size"),
         (lambda: MODEL.layout(["layer", "kv", "page", "head", "channel"]), "unknown or absent"),
         (

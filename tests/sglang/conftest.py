@@ -94,9 +94,9 @@ class Engine:
             os.close(fd)
         self._buffer = b""
 
-    def wait_started(self) -> None:
+    def wait_started(self, timeout_s: float = _START_S) -> None:
         """Return once it serves; AssertionError, with the end of its log, if it does not."""
-        assert self._answer(_START_S) == "started"
+        assert self._answer(timeout_s) == "started"
 
     def ask(
         self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **extra: Any
@@ -315,7 +315,7 @@ def start_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any
     ) -> Iterator[Engine]:
         engine = Engine(arguments, logs / f"{driver.stem}.log", driver, python, environment)
         try:
-            engine.wait_started()
+            engine.wait_started(3 * _START_S)  # its workers are processes that start, too
             yield engine
         finally:
             engine.close()

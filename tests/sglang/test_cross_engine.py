@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(300)]  # three engines start first
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]  # three engines start first
 
 BLOCK_TOKENS = 64
 LENGTHS = (100, 200, 321, 450)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvstrata.connectors.sglang.hostpages import HostPages, PoolGeometry, page_numbers
-from kvstrata.connectors.sglang.identity import NUMERIC_ARGUMENTS, engine_namespace
+from kvstrata.connectors.sglang.identity import NUMERIC_ARGUMENTS, sglang_namespace
 from kvstrata.connectors.sglang.keys import page_digests
 from kvstrata.connectors.sglang.settings import read_settings
 from kvstrata.core.errors import ConfigError, LayoutError
@@ -172,31 +172,50 @@ def arguments(tmp_path):
     return known | rest | {"random_seed": 7}
 
 
-def key_of(arguments, order="page_first_direct", shard=Shard(), dtype="float32"):  # noqa: B008
+CONFIG = {"rope_theta": 10000, "rope_parameters": {"rope_type": "default"}}
+LONG = {"rope_theta": 10000, "rope_parameters": {"rope_type": "longrope"}}
+
+
+def key_of(  # noqa: PLR0913  # what may be equal or not
+    arguments, order="page_first_direct", shard=Shard(), dtype="float32",  # noqa: B008
+    config=CONFIG, revision="", name="",
+):  # fmt: skip
     layout = PoolGeometry(order, LAYERS, PAGES, TOKENS, HEADS, CHANNELS, dtype).block_layout(shard)
-    return engine_namespace(arguments, layout, order, "").model_key(b"s" * 32)
+    space = sglang_namespace(arguments, layout, config, revision=revision, name=name)
+    return space.model_key(b"s" * 32)
 
 
-@pytest.mark.parametrize("name", [*NUMERIC_ARGUMENTS, "served_model_name"])
+@pytest.mark.parametrize("name", sorted({*NUMERIC_ARGUMENTS} - {"context_length", "dtype"}))
 def test_an_argument_that_changes_the_numbers_makes_another_namespace(arguments, name):
     assert key_of(arguments | {name: "other"}) != key_of(arguments)
+
+
+def test_what_changes_no_number_does_not(arguments):
+    for name, value in (("context_length", 99), ("served_model_name", "other"), ("dtype", "x")):
+        assert key_of(arguments | {name: value}) == key_of(arguments), name
+    long = key_of(arguments, config=LONG)
+    assert key_of(arguments | {"context_length": 99}, config=LONG) != long, "its rope depends on it"
+    kept = arguments | {"kv_cache_dtype": "fp8_e5m2"}  # the pool does not tell the model's type
+    assert key_of(kept | {"dtype": "x"}) != key_of(kept)
 
 
 def test_what_the_pages_are_makes_another_namespace(arguments, tmp_path):
     first = key_of(arguments)
     keys = {
         first,
-        key_of(arguments, "page_first"),
         key_of(arguments, shard=Shard(0, 2)),
         key_of(arguments, shard=Shard(1, 2)),
         key_of(arguments, dtype="bfloat16"),
     }
-    assert len(keys) == 5
-    assert key_of(arguments, "layer_first") == first, "the same bytes"
+    assert len(keys) == 4
+    for order in ("layer_first", "page_first"):  # a daemon holds one, the others are bridged
+        assert key_of(arguments, order) == first
+    other = CONFIG | {"rope_theta": 500000}
+    assert key_of(arguments, config=other) not in keys
+    # What transformers cannot tell is read from the file, and never shared with what it can.
+    file = key_of(arguments, config=None)
     (tmp_path / "config.json").write_text(json.dumps({"rope_theta": 500000}))
-    assert key_of(arguments) not in keys
-    (tmp_path / "config.json").write_text(json.dumps({"rope_theta": 10000}))
-    assert key_of(arguments) == first
+    assert len({*keys, file, key_of(arguments, config=None)}) == 6
     (tmp_path / "model.safetensors").write_bytes(b"other w")
     assert key_of(arguments) not in keys
 
