@@ -86,6 +86,12 @@ class Daemon:
         self.kill()
         self.start()
 
+    def sessions(self) -> int:
+        from kvstrata.runtime.admin import AdminClient
+
+        with AdminClient(self.address) as admin:
+            return admin.stats()["sessions"]
+
     def statistics(self) -> dict:
         """Return the daemon's statistics once everything stored has reached the disk."""
         from kvstrata.runtime.admin import AdminClient
@@ -118,18 +124,23 @@ def prompts():
 class Vllm:
     """A vLLM with two workers in its own environment (vllm_driver.py)."""
 
-    def __init__(self, engine) -> None:
-        self._engine = engine
+    def __init__(self, engine, shared) -> None:
+        self._engine, self._shared = engine, shared
+
+    def _step(self) -> None:
+        self._engine._order({"do": "ask", "given": {"prompts": [[7, 8, 9]], "max_tokens": 2}})
 
     def ask(self, prompts) -> tuple[list, list[int]]:
         """Answer with an empty device cache; return tokens, and how many each were loaded."""
         deadline = time.monotonic() + 30
         while not self._engine._order({"do": "forget"}):
             assert time.monotonic() < deadline
-        # A daemon that was lost is looked for once in a second, while the engine steps.
-        self._engine._order({"do": "ask", "given": {"prompts": [[7, 8, 9]], "max_tokens": 2}})
-        time.sleep(1.2)
-        self._engine._order({"do": "ask", "given": {"prompts": [[7, 8, 9]], "max_tokens": 8}})
+        self._step()
+        while not self._shared.sessions():  # it looks for a daemon that was lost while it steps
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+            self._step()
+        self._step()
         given = {"prompts": prompts, "max_tokens": ANSWER_TOKENS}
         said = self._engine._order({"do": "ask", "given": given})
         return [each["tokens"] for each in said], [sum(each["from"].values()) for each in said]
@@ -156,7 +167,7 @@ def vllm(shared, tiny_model, start_process):
     }
     driver = Path(__file__).parent / "vllm_driver.py"
     with start_process(arguments, driver, python, clean_environment()) as engine:
-        yield Vllm(engine)
+        yield Vllm(engine, shared)
 
 
 class Sglang:

@@ -169,3 +169,69 @@ def test_every_byte_of_the_weights_is_in_the_name(tiny, make_cache):
     named = make_cache(plain, address=one.address, weights_revision="r1")
     _use(tiny, named, ids)
     assert _use(tiny, make_cache(plain, address=one.address, weights_revision="r2"), ids) == 0
+
+
+# -- a name that other engines know ------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """A function that loads a model from files that it was saved to."""
+    from transformers import AutoModelForCausalLM
+
+    tiny.model().save_pretrained(tmp_path / "m")
+
+    def load(**options: object):
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "m", **options).eval()
+
+    return load
+
+
+def test_a_named_model_is_named_as_other_engines_name_it(tiny, saved, make_cache):
+    """What a namespace says is what vLLM and SGLang say: tests/sglang has them read its blocks."""
+    from kvstrata.connectors.identity import ModelIdentity, engine_namespace, weights_revision
+
+    model = saved()
+    cache = make_cache(model, model_name="m")
+    session = cache.binding.prefixes.session
+    files = weights_revision(model.config._name_or_path, None, None, setting="x")
+    theirs = ModelIdentity("vllm", "m", files, saved().config.to_dict(), "float32")
+    assert session.namespace == engine_namespace(theirs, session.layout)
+    assert _use(tiny, cache, tiny.ids(70)) == 0
+    again = make_cache(saved(attn_implementation="eager"), model_name="m", address=cache.address)
+    assert _use(tiny, again, tiny.ids(70)) == 64, "attention of another kind is the same function"
+    own = make_cache(saved(), address=cache.address)
+    assert _use(tiny, own, tiny.ids(70)) == 0, "without a name it is alone"
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ({}, {"model_name": "other"}),
+        ({}, {"model_name": "m", "weights_revision": "r1"}),
+        ({"rms_norm_eps": 1e-3}, {"model_name": "m"}),
+        ({"attn_logit_softcapping": 5.0}, {"model_name": "m"}),
+    ],
+    ids=["name", "revision", "epsilon", "softcap"],
+)
+def test_what_differs_in_a_named_model_never_hits(tiny, saved, make_cache, options, settings):
+    one = make_cache(saved(), model_name="m")
+    ids = tiny.ids(70)
+    _use(tiny, one, ids)
+    other = saved()
+    other.config.update(options)
+    assert _use(tiny, make_cache(other, address=one.address, **settings), ids) == 0
+
+
+def test_a_model_that_was_changed_since_it_was_loaded_has_no_such_name(tiny, saved, make_cache):
+    import torch
+
+    from kvstrata.core.errors import ConfigError
+
+    model = saved()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(ConfigError, match=r"up_proj.*not what the model's files say"):
+        make_cache(model, model_name="m", weights_revision="r1")
+    with pytest.raises(ConfigError, match="weights_revision"):
+        make_cache(tiny.model(), model_name="m")

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from kvstrata.connectors.identity import numerics_digest, plain_config, weights_revision
+from kvstrata.connectors.identity import (
+    ModelIdentity,
+    engine_namespace,
+    model_name,
+    numerics_digest,
+    plain_config,
+    weights_revision,
+)
 from kvstrata.core.errors import ConfigError
+from kvstrata.layout import BlockLayout, Dimension, PagedCache
 
 
 def test_revision_that_may_move_is_refused(tmp_path):
@@ -44,3 +53,112 @@ def test_configuration_without_what_changes_from_run_to_run():
     assert plain_config(config) == {"layers": 2, "rope": {"factor": 2.0}, "odd": [1, "{2}"]}
     assert numerics_digest({"a": 1, "b": 2}) == numerics_digest({"b": 2, "a": 1})
     assert numerics_digest({"a": 1}) != numerics_digest({"a": 2})
+
+
+# -- one namespace for engines that agree ------------------------------------------------------
+
+CONFIG = {
+    "hidden_size": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "dtype": "bfloat16",
+    "transformers_version": "5.16",
+    "_name_or_path": "/here",
+}
+OURS = ModelIdentity("vllm", "m", "w", CONFIG, "float32")
+PAGED = PagedCache(2, 2, 16, 8, "float32", "vec").block_layout(64)
+PLAIN = BlockLayout(
+    tuple(
+        Dimension(name, size)
+        for name, size in (("layer", 2), ("kv", 2), ("head", 2), ("token", 64), ("channel", 4))
+    ),
+    "float32",
+    64,
+    "transformers-dynamic",
+)
+
+
+def key(identity=OURS, layout=PAGED):
+    return engine_namespace(identity, layout).model_key(bytes(32))
+
+
+def rope(**parameters):
+    return CONFIG | {"rope_parameters": {"rope_theta": 10000.0} | parameters}
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        replace(OURS, engine="sglang"),
+        replace(OURS, tokens_max=99),
+        replace(OURS, kv_dtype=""),
+        replace(OURS, own={"quantization": None, "model_impl": "auto", "modelopt_quant": False}),
+        replace(OURS, config=CONFIG | {"transformers_version": "5.19", "_name_or_path": "/there"}),
+        replace(OURS, config=CONFIG | {"dtype": "float32", "use_cache": False, "eos_token_id": 7}),
+        replace(OURS, config=CONFIG | {"quantization_config": None}),
+    ],
+)
+def test_engines_that_compute_the_same_numbers_share(same):
+    assert key(same) == key()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        PLAIN,
+        PagedCache(2, 2, 32, 8, "float32").block_layout(64),
+        PagedCache(2, 1, 64, 8, "float32", "vec16", 2).block_layout(64),
+    ],
+    ids=["plain", "pages", "ranks"],
+)
+def test_how_an_engine_keeps_its_numbers_is_not_in_the_namespace(layout):
+    assert key(layout=layout) == key()
+
+
+SEPARATE = {
+    "model": replace(OURS, model="other"),
+    "weights": replace(OURS, weights="other"),
+    "dtype": replace(OURS, dtype="bfloat16"),
+    "config": replace(OURS, config=CONFIG | {"rms_norm_eps": 1e-5}),
+    "theta": replace(OURS, config=rope(rope_type="default", rope_theta=5.0)),
+    "rope": replace(OURS, config=rope(rope_type="linear", factor=2.0)),
+    "quantised": replace(OURS, config=CONFIG | {"quantization_config": {"bits": 4}}),
+    "kv dtype": replace(OURS, kv_dtype="fp8_e5m2"),
+    "another engine's kv dtype": replace(OURS, kv_dtype="fp8_e5m2", engine="sglang"),
+    "setting": replace(OURS, own={"quantization": "fp8"}),
+    "another engine's setting": replace(OURS, own={"quantization": "fp8"}, engine="sglang"),
+    "seed": replace(OURS, own={"load_format": "dummy", "seed": 1}),
+    "another seed": replace(OURS, own={"load_format": "dummy", "seed": 2}),
+    "long rope": replace(OURS, config=rope(rope_type="longrope"), tokens_max=512),
+    "longer rope": replace(OURS, config=rope(rope_type="longrope"), tokens_max=1024),
+    "nested rope": replace(
+        OURS, config=CONFIG | {"text_config": {"rope_scaling": {"type": "dynamic"}}}, tokens_max=512
+    ),
+    "longer nested rope": replace(
+        OURS, config=CONFIG | {"text_config": {"rope_scaling": {"type": "dynamic"}}}, tokens_max=513
+    ),
+}
+LAYOUTS = {
+    "layers": PagedCache(3, 2, 16, 8, "float32", "vec").block_layout(64),
+    "heads": PagedCache(2, 4, 16, 8, "float32", "vec").block_layout(64),
+    "channels": PagedCache(2, 2, 16, 16, "float32", "vec").block_layout(64),
+    "block tokens": PagedCache(2, 2, 16, 8, "float32", "vec").block_layout(128),
+    "element type": PagedCache(2, 2, 16, 8, "float16", "vec").block_layout(64),
+    "unknown packing": PagedCache(2, 2, 16, 8, "float32", "amx").block_layout(64),
+}
+
+
+def test_whatever_may_change_a_number_separates():
+    keys = {"ours": key()}
+    keys |= {name: key(identity) for name, identity in SEPARATE.items()}
+    keys |= {name: key(layout=layout) for name, layout in LAYOUTS.items()}
+    assert len(set(keys.values())) == len(keys), "each is a namespace of its own"
+
+
+def test_names_of_models(tmp_path):
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    assert model_name(str(folder), given="", revision="") == "llama", "its files are in the key"
+    assert model_name(f"{folder}/", given="", revision="r1") == str(folder), "they are not"
+    assert model_name(str(folder), given="x", revision="r1") == "x"
+    assert model_name("owner/model", given="", revision="r1") == "owner/model"
