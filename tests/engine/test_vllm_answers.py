@@ -165,14 +165,23 @@ def test_an_id_of_any_length_is_served(engine_on, prompts, reference, caplog):
     assert not [each for each in caplog.records if each.name.startswith("kvstrata")]
 
 
-def test_another_longest_length_never_hits(engine_on, prompts, tmp_path):
-    """Long rope chooses its factors by it, so the same tokens may mean other numbers."""
+def test_another_page_size_and_longest_length_go_on_with_the_same_blocks(
+    engine_on, prompts, reference, tmp_path
+):
+    """Neither changes a number of this model: the blocks are re-arranged on their way."""
     extra = {"tiers": f"host:64MiB,disk:{tmp_path}:64MiB"}
     with engine_on(extra) as engine:
         engine.ask(prompts)
         engine.wait_idle()
-    with engine_on(extra, max_model_len=480) as engine:
-        assert _from(engine.ask(prompts), "disk") == [0, 0, 0, 0]
+    with engine_on(extra, max_model_len=480, block_size=64) as engine:
+        answers = engine.ask(prompts)
+        assert engine.counters()["corrupt_blocks"] == 0
+        other = [[*prompt, *prompt[:30]] for prompt in reversed(prompts)]
+        engine.ask(other)  # it stores in the layout that the disk has
+        engine.forget()
+        assert _from(engine.ask(other), "host") == [64, 256, 128, 128]
+    assert _tokens(answers) == reference
+    assert _from(answers, "disk") == [64, 128, 256, 0]
 
 
 def test_without_prefix_caching_kvstrata_is_idle(engine_on, prompts, reference, caplog):

@@ -149,3 +149,60 @@ def test_untested_vllm_is_refused(engine_on, monkeypatch):
     monkeypatch.setattr(geometry.vllm, "__version__", "0.99.1")
     said = _refusal(engine_on, {"tiers": "host:64MiB"}, LayoutError)
     assert "vLLM 0.99.1 is not a version" in said
+
+
+# -- identity ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def key_of(tiny_model):
+    """The model key of an engine with some options, as its connector would say it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from kvstrata.connectors.vllm.identity import vllm_namespace
+    from kvstrata.layout import PagedCache
+
+    def key(*, revision="", name="", **options):
+        known = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True}
+        config = EngineArgs(str(tiny_model), **(known | options)).create_engine_config()
+        layout = PagedCache(4, 2, 32, 64, "float32", "vec").block_layout(64)
+        return vllm_namespace(config, layout, revision=revision, name=name).model_key(bytes(32))
+
+    return key
+
+
+LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 512,
+    "short_factor": [1.0] * 16, "long_factor": [2.0] * 16,
+}  # fmt: skip
+
+
+def test_what_changes_no_number_is_not_in_the_namespace(key_of):
+    ours = key_of()
+    for same in (
+        {"served_model_name": ["other"]},
+        {"max_model_len": 512},
+        {"seed": 7},
+        {"load_format": "safetensors"},
+        {"block_size": 64},
+    ):
+        assert key_of(**same) == ours, same
+
+
+def test_what_may_change_one_is(key_of):
+    changes = [
+        {},
+        {"dtype": "bfloat16"},
+        {"hf_overrides": {"rms_norm_eps": 1e-3}},
+        {"hf_overrides": {"rope_parameters": {"rope_type": "linear", "factor": 2.0,
+                                              "rope_theta": 10000.0}}},
+        {"hf_overrides": {"rope_parameters": LONG}, "max_model_len": 512},
+        {"hf_overrides": {"rope_parameters": LONG}, "max_model_len": 1024},
+        {"kv_cache_dtype": "fp8_e5m2"},
+        {"load_format": "dummy", "seed": 0},
+        {"load_format": "dummy", "seed": 1},
+        {"name": "other"},
+        {"revision": "r1"},
+        {"revision": "r2"},
+    ]  # fmt: skip
+    assert len({key_of(**change) for change in changes}) == len(changes)

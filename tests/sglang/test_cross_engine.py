@@ -132,7 +132,7 @@ class Vllm:
 
     def ask(self, prompts) -> tuple[list, list[int]]:
         """Answer with an empty device cache; return tokens, and how many each were loaded."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not self._engine._order({"do": "forget"}):
             assert time.monotonic() < deadline
         self._step()
