@@ -1,4 +1,4 @@
-"""Laws of a bridge: every bit there and back, nothing else touched, whatever the two layouts are."""
+"""Laws of a bridge: every bit there and back, nothing else touched, whatever the layouts are."""
 
 from __future__ import annotations
 
@@ -87,12 +87,9 @@ def test_every_worker_writes_its_part_and_the_whole_is_the_transform(pair, seed)
 def test_a_part_writes_no_byte_of_the_others(pair, seed):
     own, held = pair
     part = rank_part(own, 0)
-    written = np.zeros((1, held.block_bytes), np.uint8)
-    for poison in (0, 255):  # a byte that neither poison survives was written
-        block = np.full((1, held.block_bytes), poison, np.uint8)
-        Bridge(part, held).give(luck(seed, 1, part.block_bytes) & 126 | 1, block, [0])
-        written |= block != poison if poison else written
-    assert int(written.sum()) == part.block_bytes
+    block = np.full((1, held.block_bytes), 255, np.uint8)
+    Bridge(part, held).give(luck(seed, 1, part.block_bytes) & 127, block, [0])  # none is 255
+    assert np.count_nonzero(block != 255) == part.block_bytes
 
 
 @given(pairs())

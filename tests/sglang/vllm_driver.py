@@ -1,6 +1,6 @@
 """Runs one vLLM engine and answers orders, one JSON line each; for another environment's Python.
 
-    python vllm_driver.py ORDERS_FD ANSWERS_FD ARGUMENTS_JSON
+python vllm_driver.py ORDERS_FD ANSWERS_FD ARGUMENTS_JSON
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One daemon, clients of several layouts: who may join, what they read, and what a restart finds."""
+"""One daemon, clients of several layouts: who joins, what they read, what a restart finds."""
 
 from __future__ import annotations
 
@@ -134,7 +134,8 @@ def test_a_restart_under_another_engine_finds_what_the_tiers_hold(serve, join, t
     tiers = f"host:1MiB,{below.format(tmp_path)}"
     daemon = serve(tiers)
     digests, sent = chain(0, 4), pages(0, 4)
-    assert join(daemon.address, LAYOUTS["vllm-tp2"]).save(digests, None, sent, range(4)) == [True] * 4
+    writer = join(daemon.address, LAYOUTS["vllm-tp2"])
+    assert writer.save(digests, None, sent, range(4)) == [True] * 4
     stats(daemon.address)
     for number, reader in enumerate(("page-first", "transformers", "vllm-tp2")):
         daemon.kill()
@@ -191,9 +192,7 @@ def test_what_must_separate_does_though_the_bytes_could_be_bridged(serve, join):
     layout = LAYOUTS["transformers"]
     ours = Namespace("m", "w", "", "float32", model_geometry(layout), TOKENS)
     for field in ("model", "weights", "numerics", "kv_dtype", "geometry"):
-        session = Session(
-            daemon.address, layout, replace(ours, **{field: "other"}), bridges=True
-        )
+        session = Session(daemon.address, layout, replace(ours, **{field: "other"}), bridges=True)
         kept = KeptPages(session, batch_timeout_s=5.0)
         kept.open()
         assert kept.find(digests) == 0, field

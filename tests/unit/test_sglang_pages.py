@@ -176,7 +176,7 @@ CONFIG = {"rope_theta": 10000, "rope_parameters": {"rope_type": "default"}}
 LONG = {"rope_theta": 10000, "rope_parameters": {"rope_type": "longrope"}}
 
 
-def key_of(  # noqa: PLR0913  # what may be equal or not
+def key_of(  # what may be equal or not
     arguments, order="page_first_direct", shard=Shard(), dtype="float32",  # noqa: B008
     config=CONFIG, revision="", name="",
 ):  # fmt: skip

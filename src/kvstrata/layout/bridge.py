@@ -14,7 +14,7 @@ import numpy as np
 
 from kvstrata.core.errors import LayoutError
 from kvstrata.layout.block import DTYPE_BYTES, BlockLayout
-from kvstrata.layout.transform import StridedCopy, plan_transform
+from kvstrata.layout.transform import plan_transform
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -28,8 +28,8 @@ from kvstrata.connectors.sglang.canary import fly_canary
 from kvstrata.connectors.sglang.engine import (
     check_pool_name,
     check_version,
-    model_config,
     host_pages,
+    model_config,
     pool_geometry,
     server_arguments,
     shard_of,

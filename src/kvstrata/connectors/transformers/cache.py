@@ -82,8 +82,8 @@ class KvstrataCache(DynamicCache):  # type: ignore[misc]  # transformers is unty
 
         Reads all weights to name them, unless `weights_revision` does, and stores and loads one
         block to see that it comes back. With `model_name` blocks are shared with vLLM and
-        SGLang engines of this name and of the same revision. Raises LayoutError for a model that is not served,
-        ConfigError for settings that cannot be, DaemonError if no daemon answers.
+        SGLang engines of this name and of the same revision. Raises LayoutError for a model that
+        is not served, ConfigError for settings that cannot be, DaemonError if no daemon answers.
         """
         _check(tenant, block_tokens)
         settings = Settings(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelWatch", "model_namespace"]
 
 _PLAIN_ATTENTION: Final = frozenset({"eager", "sdpa"})
-"""Implementations of attention that are one function, up to rounding, for models without oddities."""
+"""Implementations of attention that are one function, up to rounding, for plain models."""
 _ODD_ATTENTION: Final = ("softcap", "sink")
 """Parts of the names of what some implementations leave out."""
 _SAMPLES: Final = 256
