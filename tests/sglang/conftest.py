@@ -24,7 +24,7 @@ import pytest
 
 _SUPPORT = Path(__file__).parent / "support"
 PAGE_TOKENS = 16
-_START_S = 90.0
+_START_S = 180.0
 _TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # the cores of each rank
 _ORDER_S = 60.0  # the first answer compiles SGLang's page hash
 
@@ -315,7 +315,7 @@ def start_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any
     ) -> Iterator[Engine]:
         engine = Engine(arguments, logs / f"{driver.stem}.log", driver, python, environment)
         try:
-            engine.wait_started(3 * _START_S)  # its workers are processes that start, too
+            engine.wait_started(2 * _START_S)  # its workers are processes that start, too
             yield engine
         finally:
             engine.close()
