@@ -126,7 +126,8 @@ class Vllm:
         self._engine, self._shared = engine, shared
 
     def _step(self) -> None:
-        self._engine._order({"do": "ask", "given": {"prompts": [[7, 8, 9]], "max_tokens": 2}})
+        prompt = [9] * (BLOCK_TOKENS + 1)  # a shorter one asks the daemon nothing
+        self._engine._order({"do": "ask", "given": {"prompts": [prompt], "max_tokens": 2}})
 
     def ask(self, prompts) -> tuple[list, list[int]]:
         """Answer with an empty device cache; return tokens, and how many each were loaded."""
