@@ -145,6 +145,7 @@ LAYOUTS = {
     "block tokens": PagedCache(2, 2, 16, 8, "float32", "vec").block_layout(128),
     "element type": PagedCache(2, 2, 16, 8, "float16", "vec").block_layout(64),
     "unknown packing": PagedCache(2, 2, 16, 8, "float32", "amx").block_layout(64),
+    "another unknown packing": PagedCache(2, 2, 16, 8, "float32", "neon").block_layout(64),
 }
 
 

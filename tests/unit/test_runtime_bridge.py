@@ -226,12 +226,12 @@ def test_a_slab_decides_before_a_directory_and_both_only_if_bridged(tmp_path):
 
 def test_in_a_directory_ones_own_layout_comes_first(tmp_path):
     tiers = f"host:1MiB,shared:{tmp_path}:4MiB"
-    for name in ("page-first", "vllm"):
-        DirectoryStore.open(str(tmp_path), 4 << 20, LAYOUTS[name]).close()
-    lowest = min((LAYOUTS["page-first"], LAYOUTS["vllm"]), key=lambda each: each.fingerprint)
-    assert choose(tiers, LAYOUTS["transformers"]) == lowest
-    DirectoryStore.open(str(tmp_path), 4 << 20, LAYOUTS["transformers"]).close()
-    assert choose(tiers, LAYOUTS["transformers"]) == LAYOUTS["transformers"]
+    lowest, *others, own = sorted(LAYOUTS.values(), key=lambda each: each.fingerprint)
+    for layout in (others[0], lowest):
+        DirectoryStore.open(str(tmp_path), 4 << 20, layout).close()
+    assert choose(tiers, own) == lowest
+    DirectoryStore.open(str(tmp_path), 4 << 20, own).close()
+    assert choose(tiers, own) == own
 
 
 def test_a_damaged_front_is_left_to_who_opens_it(tmp_path):
