@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -144,6 +145,28 @@ def test_a_restart_under_another_engine_finds_what_the_tiers_hold(serve, join, t
         assert stats(daemon.address)["layout"] == LAYOUTS["vllm-tp2"].describe()
         read_right(kept, LAYOUTS[reader], digests, sent, LAYOUTS["vllm-tp2"])
         assert stats(daemon.address)["counters"]["corrupt_blocks"] == 0
+
+
+def test_an_engine_on_another_machine_finds_what_a_bucket_holds(
+    serve, join, s3_server, monkeypatch, tmp_path
+):
+    """The layout that the bucket's blocks have is the one that the new daemon takes."""
+    pytest.importorskip("obstore", reason="no obstore installed (kvstrata[object])")
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket, _, options = s3_server.url.partition("?")
+    tiers = f"host:1MiB,object:{bucket}/{os.urandom(8).hex()}?{options}:8MiB"
+    secret = tmp_path / "secret"
+    secret.write_bytes(os.urandom(32))
+    digests, sent = chain(0, 4), pages(0, 4)
+    daemon = serve(tiers, "a.sock", "--secret-file", str(secret))
+    writer = join(daemon.address, LAYOUTS["page-first"])
+    assert writer.save(digests, None, sent, range(4)) == [True] * 4
+    stats(daemon.address)
+    other = serve(tiers, "b.sock", "--secret-file", str(secret))
+    kept = join(other.address, LAYOUTS["vllm-tp2"])
+    assert stats(other.address)["layout"] == LAYOUTS["page-first"].describe()
+    read_right(kept, LAYOUTS["vllm-tp2"], digests, sent, LAYOUTS["page-first"])
 
 
 # -- refusals ----------------------------------------------------------------------------------
