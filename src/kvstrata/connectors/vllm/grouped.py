@@ -136,6 +136,8 @@ class GroupedPages:
         return True
 
     def _rows(self, copy: PageCopy) -> list[PageCopy]:
+        if len(self._layers) == 1:
+            return [copy]
         split = [PageCopy([], [], []) for _ in self._layers]
         for slot, place, page, group in zip(
             copy.slots, copy.places, copy.pages, copy.groups, strict=True
