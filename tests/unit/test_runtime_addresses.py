@@ -134,6 +134,26 @@ def test_a_named_secret_is_read(tmp_path) -> None:
     assert not (tmp_path / "kv").exists(), "no second secret is made"
 
 
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_a_secret_that_others_may_write_is_refused(tmp_path, mode) -> None:
+    named = tmp_path / "cluster"
+    named.write_bytes(bytes(range(32)))
+    named.chmod(mode)
+    with pytest.raises(ConfigError, match=r"secret_file: .* can be written by others"):
+        load_secret(config(tmp_path, str(named)))
+
+
+def test_a_secret_of_another_user_is_refused(tmp_path) -> None:
+    named = tmp_path / "cluster"
+    named.write_bytes(bytes(range(32)))
+    named.chmod(0o644)
+    if os.geteuid():
+        pytest.skip("only root can give a file away")
+    os.chown(named, 12345, 12345)
+    with pytest.raises(ConfigError, match=r"secret_file: .* can be written by others"):
+        load_secret(config(tmp_path, str(named)))
+
+
 @pytest.mark.parametrize("length", [0, 31, 33, 64])
 def test_a_secret_of_another_length_is_refused(tmp_path, length) -> None:
     named = tmp_path / "cluster"

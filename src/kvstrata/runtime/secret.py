@@ -100,15 +100,22 @@ def _write(path: Path) -> None:
 def read_secret(path: Path, field: str) -> bytes:
     """Return the secret in a file; raises ConfigError if it cannot be read or is none."""
     try:
-        secret = path.read_bytes()
+        with path.open("rb") as file:
+            status, secret = os.fstat(file.fileno()), file.read(_SECRET_BYTES + 1)
     except OSError as error:
         raise ConfigError(
             f"{field}: secret {str(path)!r} cannot be read ({error.strerror})",
             hint="make one with: head -c 32 /dev/urandom > FILE; chmod 600 FILE",
         ) from error
+    # Who knows or chooses the secret can name blocks, and so make others use them.
+    if status.st_uid not in {0, os.geteuid()} or status.st_mode & 0o022:
+        raise ConfigError(
+            f"{field}: secret {str(path)!r} can be written by others than this user",
+            hint="chown it to this user and chmod 600, or choose another directory",
+        )
     if len(secret) != _SECRET_BYTES:
         raise ConfigError(
-            f"{field}: secret {str(path)!r} holds {len(secret)} bytes, not {_SECRET_BYTES}",
+            f"{field}: secret {str(path)!r} holds {status.st_size} bytes, not {_SECRET_BYTES}",
             hint="make one with: head -c 32 /dev/urandom > FILE; chmod 600 FILE",
         )
     return secret

@@ -129,8 +129,11 @@ class GuardedBackend:
         if not self._closed:  # `close` took the rest
             self._take(self._ours, inside=False)
             self._take(self._inner, inside=True)
-        for part in [self._waiting.popleft() for _ in range(len(self._waiting))]:
+        for _ in range(len(self._waiting)):
+            part = self._waiting.popleft()
             self._offer(part)
+            if self._waiting and self._waiting[-1] is part:
+                break  # it is full; the next poll begins behind this one
         ready, self._ready = self._ready, []
         return ready
 

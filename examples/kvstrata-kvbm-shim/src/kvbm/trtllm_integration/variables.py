@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from typing import Final
 
@@ -32,7 +33,8 @@ def translated(variables: Mapping[str, str]) -> dict[str, str]:
         tiers.append(f"host:{_bytes(_HOST, variables[_HOST])}")
     if variables.get(_DISK):
         folder = variables.get(_FOLDER, "").rstrip("/") or "/tmp"  # noqa: S108  # KVBM's default
-        tiers.append(f"disk:{folder}/kvstrata:{_bytes(_DISK, variables[_DISK])}")
+        # A folder of this user's own: /tmp is everybody's.
+        tiers.append(f"disk:{folder}/kvstrata-{os.geteuid()}:{_bytes(_DISK, variables[_DISK])}")
     if tiers:
         found["TLLM_KVSTRATA_TIERS"] = ",".join(tiers)
     for name in sorted(variables):
