@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -98,9 +99,16 @@ def arguments(monkeypatch, tiny_model):
     """The engine's arguments, which a scheduler's process has."""
     from sglang.srt import runtime_context
 
+    from kvstrata.connectors.sglang import weights
     from kvstrata.connectors.sglang.identity import NUMERIC_ARGUMENTS
 
+    monkeypatch.setattr(weights._Seen, "from_start", True)  # SGLang has loaded the plug-in
+    monkeypatch.setattr(weights._Seen, "names", {})
     known = dict.fromkeys(NUMERIC_ARGUMENTS, "auto") | {
+        "attention_backend": "torch_native",
+        "kt_method": "AMXINT4",
+        "kt_weight_path": None,
+        "quantization_param_path": None,
         "model_path": str(tiny_model),
         "revision": None,
         "served_model_name": None,
@@ -377,7 +385,6 @@ class TestNewWeights:
 
         monkeypatch.setattr(weights._Seen, "count", 0)
         monkeypatch.setattr(weights._Seen, "from_start", True)
-        monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
         self.seen = weights._Seen
 
     def test_nothing_is_served_or_saved_once_an_update_was_begun(self, attach):
@@ -399,9 +406,24 @@ class TestNewWeights:
         storage = attach(make_pool(), {"address": daemon.address, "weights_revision": "two"})
         assert storage.batch_exists(keys_of(1, 2)) == 0
 
-    def test_who_may_have_missed_an_update_asks_for_a_name(self, attach, monkeypatch):
+    def test_a_name_of_other_weights_is_refused(self, attach, daemon):
+        named = {"address": daemon.address, "weights_revision": "one"}
+        attach(make_pool(), named)
+        attach(make_pool(), named)
+        self.seen.count += 1
+        with pytest.raises(LayoutError, match="'one' has named other weights"):
+            attach(make_pool(), named)
+
+    def test_files_that_were_overwritten_name_nothing(self, attach, arguments, monkeypatch):
+        newest = max(p.stat().st_ctime for p in Path(arguments.model_path).iterdir())
+        monkeypatch.setattr(self.seen, "began", newest + 1)
+        attach(make_pool())
+        monkeypatch.setattr(self.seen, "began", newest - 3600)
+        with pytest.raises(LayoutError, match="has changed since the engine started"):
+            attach(make_pool())
+
+    def test_who_may_have_missed_an_update_asks_for_a_name(self, attach):
         self.seen.from_start = False
-        monkeypatch.setenv("SGLANG_PLUGINS", "others")
         with pytest.raises(LayoutError, match=r"may have been.*SGLANG_PLUGINS"):
             attach(make_pool())
 

@@ -233,5 +233,44 @@ def test_a_model_that_was_changed_since_it_was_loaded_has_no_such_name(tiny, sav
         model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
     with pytest.raises(ConfigError, match=r"up_proj.*not what the model's files say"):
         make_cache(model, model_name="m", weights_revision="r1")
-    with pytest.raises(ConfigError, match="weights_revision"):
+    with pytest.raises(ConfigError, match="no weight could be compared"):
         make_cache(tiny.model(), model_name="m")
+
+
+def test_one_changed_row_is_seen_where_the_files_name_the_weights(saved, make_cache):
+    import torch
+
+    from kvstrata.core.errors import ConfigError
+
+    model = saved()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 1] += 1.0
+    with pytest.raises(ConfigError, match=r"embed_tokens.*not what the model's files say"):
+        make_cache(model, model_name="m")
+
+
+def test_a_model_of_the_hub_is_compared_with_its_commits_files(
+    saved, make_cache, tmp_path, monkeypatch
+):
+    import shutil
+
+    import torch
+
+    from kvstrata.connectors.transformers import weightfiles
+    from kvstrata.core.errors import ConfigError
+
+    model, commit = saved(), "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--o--m" / "snapshots" / commit
+    shutil.copytree(model.config._name_or_path, snapshot)
+    look = weightfiles.try_to_load_from_cache
+    monkeypatch.setattr(
+        weightfiles,
+        "try_to_load_from_cache",
+        lambda *names, **options: look(*names, cache_dir=tmp_path / "hub", **options),
+    )
+    model.config._name_or_path, model.config._commit_hash = "o/m", commit
+    make_cache(model, model_name="m")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    with pytest.raises(ConfigError, match="not what the model's files say"):
+        make_cache(model, model_name="m")

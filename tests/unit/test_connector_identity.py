@@ -10,6 +10,7 @@ import pytest
 
 from kvstrata.connectors.identity import (
     ModelIdentity,
+    disputed,
     engine_namespace,
     model_name,
     numerics_digest,
@@ -58,6 +59,7 @@ def test_configuration_without_what_changes_from_run_to_run():
 # -- one namespace for engines that agree ------------------------------------------------------
 
 CONFIG = {
+    "model_type": "llama",
     "hidden_size": 64,
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
@@ -154,6 +156,27 @@ def test_whatever_may_change_a_number_separates():
     keys |= {name: key(identity) for name, identity in SEPARATE.items()}
     keys |= {name: key(layout=layout) for name, layout in LAYOUTS.items()}
     assert len(set(keys.values())) == len(keys), "each is a namespace of its own"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (CONFIG, []),
+        (CONFIG | {"sliding_window": None, "rope_scaling": None}, []),
+        (CONFIG | {"model_type": "mistral", "sliding_window": 4096}, ["sliding_window"]),
+        (CONFIG | {"model_type": "gemma2"}, ["model_type gemma2"]),
+        ({"hidden_size": 64}, ["model_type None"]),
+        (CONFIG | {"text_config": {"attn_logit_softcapping": 50.0}}, ["attn_logit_softcapping"]),
+        (rope(rope_type="yarn", attention_factor=1.0), ["rope attention_factor"]),
+        (rope(rope_type="yarn", factor=4.0), []),
+        (rope(full={"partial_rotary_factor": 0.5}), ["rope partial_rotary_factor"]),
+    ],
+)
+def test_what_engines_obey_in_their_own_ways_is_shared_with_their_like_only(config, words):
+    assert list(disputed(config)) == words
+    ours = replace(OURS, config=config)
+    assert (key(ours) == key(replace(ours, engine="sglang"))) == (not words)
+    assert key(ours) == key(replace(ours))
 
 
 def test_names_of_models(tmp_path):

@@ -19,7 +19,9 @@ from kvstrata.layout import BlockLayout, model_geometry
 from kvstrata.tokens import Namespace
 
 __all__ = [
+    "WEIGHT_SUFFIXES",
     "ModelIdentity",
+    "disputed",
     "effective_config",
     "engine_namespace",
     "model_name",
@@ -28,13 +30,23 @@ __all__ = [
     "weights_revision",
 ]
 
-_WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".gguf")
+WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".gguf")
+"""How names of files with weights end."""
 _SAMPLE_BYTES: Final = 1 << 16
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
 _UNSET: Final = frozenset({"None", "", "auto", "False"})
 """Settings, as text, that leave a choice to the engine, which the other fields then tell."""
 _FIXED_ROPES: Final = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 """Types of rope whose angles do not depend on how long texts may be or are."""
+_AGREED_ROPE: Final = frozenset({
+    "beta_fast", "beta_slow", "factor", "high_freq_factor", "low_freq_factor",
+    "original_max_position_embeddings", "rope_theta", "rope_type", "truncate", "type",
+})  # fmt: skip
+"""Parameters of rope that every engine obeys in the same way."""
+_DISPUTED: Final = ("attention_chunk", "logit_cap", "sink", "sliding_window", "soft_cap", "softcap")
+"""Parts of the names of settings that some engines or kernels leave out."""
+_SHARED_MODELS: Final = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Types of model that every engine computes by the same plain function."""
 _NOT_NUMERIC: Final = frozenset({
     "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id", "output_attentions",
     "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "torch_dtype",
@@ -106,7 +118,7 @@ def weights_revision(model: str, revision: str | None, hf_config: Any, *, settin
 
 def _directory_digest(folder: Path, setting: str) -> str:
     digest = sha256()
-    files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
     if not files:
         raise ConfigError(
             f"weights_revision: {folder.name!r} has no weight files to tell its revision from",
@@ -130,9 +142,12 @@ def engine_namespace(identity: ModelIdentity, layout: BlockLayout) -> Namespace:
 
     Engines that agree in what decides the numbers get the same one, whatever their axes, ranks,
     page size and packing are. An engine with a setting that the others do not have is alone with
-    the engines of its kind that have it too.
+    the engines of its kind that have it too; so is one whose model has something that engines are
+    known to compute, or may compute, each in a way of its own.
     """
     own = {name: value for name, value in identity.own.items() if str(value) not in _UNSET}
+    if words := sorted(set(disputed(identity.config))):
+        own["disputed"] = words
     if set(_rope_types(identity.config)) - _FIXED_ROPES:
         own["tokens_max"] = identity.tokens_max  # some choose their factors by it
     numerics = {"config": effective_config(identity.config), "dtype": identity.dtype}
@@ -148,6 +163,14 @@ def engine_namespace(identity: ModelIdentity, layout: BlockLayout) -> Namespace:
         geometry=model_geometry(layout),
         block_tokens=layout.block_tokens,
     )
+
+
+def disputed(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what of a configuration engines do not, or may not, obey in the same way."""
+    kind = str(config.get("model_type"))
+    if kind not in _SHARED_MODELS:
+        yield f"model_type {kind}"
+    yield from _disputed_below(config)
 
 
 def effective_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,6 +193,24 @@ def model_name(model: str, *, given: str, revision: str) -> str:
     if given or not folder.is_dir():
         return given or model
     return str(folder.resolve()) if revision else folder.resolve().name
+
+
+def _disputed_below(config: Any) -> Iterator[str]:
+    for name, value in config.items() if isinstance(config, Mapping) else ():
+        if name in {"rope_parameters", "rope_scaling"}:
+            yield from _disputed_rope(value)
+        elif isinstance(value, Mapping):
+            yield from _disputed_below(value)
+        elif value and any(word in str(name) for word in _DISPUTED):
+            yield str(name)
+
+
+def _disputed_rope(rope: Any) -> Iterator[str]:
+    for name, value in rope.items() if isinstance(rope, Mapping) else ():
+        if isinstance(value, Mapping):  # one for each kind of layer
+            yield from _disputed_rope(value)
+        elif name not in _AGREED_ROPE and value is not None:
+            yield f"rope {name}"
 
 
 def _rope_types(config: Any) -> Iterator[str]:

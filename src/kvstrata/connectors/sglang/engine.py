@@ -85,6 +85,7 @@ def server_arguments() -> Mapping[str, Any]:
     names = (
         *NUMERIC_ARGUMENTS,
         *("model_path", "revision", "served_model_name", "random_seed", "trust_remote_code"),
+        *("attention_backend", "kt_method"),
     )
     known = {name: _argument(arguments, name) for name in (*names, *_REFUSED)}
     for name, why in _REFUSED.items():

@@ -6,6 +6,7 @@ whatever else decides its bytes is in the namespace.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Final
 
 from kvstrata.connectors.identity import (
     ModelIdentity,
+    disputed,
     engine_namespace,
     model_name,
     weights_revision,
@@ -24,12 +26,22 @@ __all__ = ["NUMERIC_ARGUMENTS", "model_file", "sglang_namespace"]
 
 NUMERIC_ARGUMENTS: Final = (
     "context_length",  # some rope scalings choose their factors by it
+    "decrypted_config_file",
     "dtype",
+    "enable_quant_communications",
+    "enable_w4a4_mxfp4_megamoe",
+    "flashinfer_mxfp4_moe_precision",
+    "forward_hooks",
     "json_model_override_args",
+    "kt_weight_path",
     "kv_cache_dtype",
     "load_format",
     "model_impl",
+    "model_loader_extra_config",
+    "modelopt_checkpoint_restore_path",
     "modelopt_quant",
+    "quantize_and_serve",
+    "rl_quant_profile",
     "quantization",
     "quantization_param_path",
 )
@@ -48,12 +60,14 @@ def sglang_namespace(
     *,
     revision: str,
     name: str,
+    first_layer: int | None = None,
 ) -> Namespace:
     """Return the namespace of the engine's KV.
 
     `arguments` are the server's; `config` is the model's configuration as transformers writes it,
     None if that cannot be told: then, as with overrides, the engine is alone with its kind.
-    `revision` and `name` are the operator's. Raises ConfigError if the weights cannot be named.
+    `revision` and `name` are the operator's. `first_layer` is the rank's, where ranks hold layers:
+    which ones an operator may choose. Raises ConfigError if the weights cannot be named.
     """
     model, load_format = str(arguments["model_path"]), str(arguments["load_format"])
     own = {each: arguments[each] for each in NUMERIC_ARGUMENTS if each not in _TOLD_ELSEWHERE}
@@ -64,6 +78,19 @@ def sglang_namespace(
         # Dummy weights are drawn from the seed; real ones do not depend on it.
         "seed": arguments["random_seed"] if load_format == "dummy" else None,
         "config": "as in its file" if config is None else None,
+        "model_loader_extra_config": _overrides(arguments["model_loader_extra_config"]),
+        "flashinfer_mxfp4_moe_precision": _unless(
+            arguments["flashinfer_mxfp4_moe_precision"], "default"
+        ),
+        "kt_method": arguments["kt_method"] if arguments["kt_weight_path"] else None,
+        "quantization_param_path": _file_digest(arguments["quantization_param_path"]),
+        # The numbers come from the remote class, while `config` is the built-in one's.
+        "remote_code": arguments["trust_remote_code"] and (config or {}).get("auto_map"),
+        # Some of its kernels leave out what others compute.
+        "attention": arguments["attention_backend"]
+        if config is None or any(disputed(config))
+        else None,
+        "first_layer": None if first_layer is None else f"layer {first_layer}",
     }
     kv_dtype = str(arguments["kv_cache_dtype"])
     dtype = layout.dtype if kv_dtype == "auto" else str(arguments["dtype"])
@@ -90,6 +117,20 @@ def model_file(model: str) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
+
+
+def _unless(value: Any, default: str) -> Any:
+    return None if value == default else value
+
+
+def _file_digest(path: Any) -> str | None:
+    """Return a digest of a file's bytes; its name where it cannot be read."""
+    if not path:
+        return None
+    try:
+        return hashlib.sha256(Path(str(path)).read_bytes()).hexdigest()
+    except OSError:
+        return str(path)
 
 
 def _overrides(text: Any) -> str | None:

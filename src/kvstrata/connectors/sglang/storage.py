@@ -65,7 +65,9 @@ class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untype
         self._shard, self._replicated = shard_of(storage_config)
         self._arguments = server_arguments()
         check_model(self._arguments)
-        self._weights = WeightWatch(self._settings.weights_revision)
+        self._weights = WeightWatch(
+            self._settings.weights_revision, str(self._arguments["model_path"])
+        )
         self._refused = False
         self._kept: KeptPages | None = None
         self._pages: HostPages | None = None
@@ -91,6 +93,7 @@ class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untype
             model_config(self._arguments),
             revision=self._settings.weights_revision,
             name=self._settings.model_name,
+            first_layer=int(mem_pool_host.start_layer) if self._shard.pipeline_size > 1 else None,
         )
         where = self._settings.where(self._shard, replicated=self._replicated)
         limits = self._settings.session_limits

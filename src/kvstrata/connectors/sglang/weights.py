@@ -7,9 +7,11 @@ SGLang empties its own caches then and tells its storage nothing. `watch` is an 
 from __future__ import annotations
 
 import functools
-import os
-from typing import Any
+import time
+from pathlib import Path
+from typing import Any, ClassVar
 
+from kvstrata.connectors.identity import WEIGHT_SUFFIXES
 from kvstrata.core.errors import LayoutError
 
 __all__ = ["WeightWatch", "watch"]
@@ -20,12 +22,15 @@ class _Seen:
 
     count = 0
     from_start = False
+    began = 0.0  # before the weights were loaded; 0 if that is not known
+    names: ClassVar[dict[str, int]] = {}  # revision -> `count` when it was given first
 
 
 def watch() -> None:
     """Count updates of weights in this process from now on; called by SGLang at its start."""
-    _Seen.from_start = True
+    _Seen.began = time.time()
     _install()
+    _Seen.from_start = True
 
 
 def _install() -> None:
@@ -56,23 +61,45 @@ def _install() -> None:
 class WeightWatch:
     """What one attached storage knows of the weights that it was attached under."""
 
-    def __init__(self, revision: str) -> None:
+    def __init__(self, revision: str, model: str) -> None:
         """Begin at the weights at hand, which `revision` names if it is not empty.
 
-        Raises LayoutError if they may not be those of the model's files, which would name them.
+        Raises LayoutError if they may not be those of the files of `model`, which would name them,
+        or if the revision has named others.
         """
         _install()
-        allowed = os.environ.get("SGLANG_PLUGINS", "")
-        blind = bool(allowed) and not _Seen.from_start
+        blind = not _Seen.from_start
+        if not revision:
+            self._refuse_changed_files(Path(model))
+        elif _Seen.names.setdefault(revision, _Seen.count) != _Seen.count:
+            raise LayoutError(
+                f"weights_revision: {revision!r} has named other weights of this engine",
+                hint="empty SGLang's caches, and give the weights at hand another name",
+            )
         if (_Seen.count or blind) and not revision:
             what = "may have been" if blind else "were"
             raise LayoutError(
                 f"weights_revision: the engine's weights {what} updated since it started, so its "
                 "files do not name them",
                 hint="set weights_revision in the extra config to a name of these weights"
-                + (", or add kvstrata to SGLANG_PLUGINS" if blind else ""),
+                + (
+                    ", or let SGLang load kvstrata's plug-in at its start: install the package, "
+                    "and add kvstrata to SGLANG_PLUGINS if that is set"
+                    if blind
+                    else ""
+                ),
             )
         self._count = _Seen.count
+
+    def _refuse_changed_files(self, folder: Path) -> None:
+        """Raise LayoutError if the files are no longer those that the engine has loaded."""
+        files = folder.iterdir() if folder.is_dir() and _Seen.began else ()
+        for path in files:
+            if path.suffix in WEIGHT_SUFFIXES and path.stat().st_ctime > _Seen.began:
+                raise LayoutError(
+                    f"weights_revision: {path.name} has changed since the engine started",
+                    hint="set weights_revision in the extra config to a name of the loaded weights",
+                )
 
     @property
     def changed(self) -> bool:

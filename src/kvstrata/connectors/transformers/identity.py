@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from kvstrata.connectors.identity import (
     ModelIdentity,
+    disputed,
     engine_namespace,
     numerics_digest,
     plain_config,
@@ -29,8 +30,6 @@ __all__ = ["ModelWatch", "model_namespace"]
 
 _PLAIN_ATTENTION: Final = frozenset({"eager", "sdpa"})
 """Implementations of attention that are one function, up to rounding, for plain models."""
-_ODD_ATTENTION: Final = ("softcap", "sink")
-"""Parts of the names of what some implementations leave out."""
 _SAMPLES: Final = 256
 """Elements of each weight that are looked at before each use."""
 
@@ -47,7 +46,7 @@ def model_namespace(
     memory is not what they say.
     """
     if name:
-        refuse_other_weights(model)
+        refuse_other_weights(model, samples_only=bool(revision))
         return engine_namespace(_identity(model, name, revision), layout)
     if revision:
         weights = f"{revision}:{_sample_digest(_samples(model)).hex()}"
@@ -67,7 +66,7 @@ def _identity(model: PreTrainedModel, name: str, revision: str) -> ModelIdentity
     """Return what vLLM and SGLang say of the same model, and what may differ here."""
     config_object, config = model.config, model.config.to_dict()
     attention = str(config_object._attn_implementation)  # noqa: SLF001
-    odd = any(word in key for key, value in config.items() if value for word in _ODD_ATTENTION)
+    odd = any(disputed(config))
     experts = any("experts" in key for key in config)
     files = str(config_object._name_or_path)  # noqa: SLF001
     return ModelIdentity(

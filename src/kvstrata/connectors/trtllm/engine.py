@@ -13,7 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
-from kvstrata.connectors.identity import numerics_digest, plain_config, weights_revision
+from kvstrata.connectors.identity import (
+    model_name,
+    numerics_digest,
+    plain_config,
+    weights_revision,
+)
 from kvstrata.connectors.trtllm.settings import ENVIRONMENT_PREFIX
 from kvstrata.core.errors import ConfigError, LayoutError
 from kvstrata.layout import BlockLayout
@@ -154,7 +159,7 @@ def engine_namespace(
         "arguments": {name: _plain(getattr(arguments, name, None)) for name in _NUMERICS},
     }
     return Namespace(
-        model=model.name,
+        model=model_name(model.name, given="", revision=revision),
         weights=revision or _revision(model),
         numerics=numerics_digest(numerics),
         kv_dtype=f"{getattr(cache, 'dtype', 'auto')}:{layout.dtype}",
