@@ -118,9 +118,10 @@ def test_a_digest_tells_any_change_of_the_weights():
         {"q": layer([None, one], [two, two], [1.0, None])},
         {"q": layer(one, two), "v": layer(one, two)},
     ]
-    digests = [weights_digest(state) for state in states]
+    digests = [weights_digest(state, ["q", "v"]) for state in states]
     assert len(set(digests)) == len(states)
-    assert weights_digest({"q": layer(one.t().clone().t(), two)}) == digests[0]
+    assert weights_digest({"q": layer(one.t().clone().t(), two)}, ["v", "q"]) == digests[0]
+    assert weights_digest(states[0], ["q"]) != digests[0], "others are not applied there"
 
 
 def test_workers_that_saw_different_weights_have_seen_none():

@@ -109,7 +109,10 @@ def test_a_medium_is_what_the_model_is_given():
         feature(pixels, is_embed=torch.ones(5, dtype=torch.bool)),
     ]
     known = MediumDigests()
-    digests = [known.media([each])[0].digest for each in kinds]
+    digests = [MediumDigests().media([each])[0].digest for each in kinds]
+    assert known.media([kinds[0]])[0].digest == digests[0]
+    assert known.media([kinds[1]]) is None, "vLLM may compute with what it has of that name"
+    assert known.media([kinds[5]])[0].digest == digests[5]
     assert len(set(digests)) == len(kinds)
     assert MediumDigests().media([feature(pixels.clone())])[0].digest == digests[0]
     assert known.media([feature(object())]) is None, "nothing is guessed"

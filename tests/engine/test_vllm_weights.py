@@ -68,6 +68,45 @@ def test_a_reset_without_new_weights_changes_no_name(engine_on, prompts):
         assert [answer.cached for answer in engine.ask(prompts)] == [64, 128, 256, 0]
 
 
+def test_a_reset_while_a_request_runs_leaves_what_is_spoiled(engine_on, other_model, prompts):
+    """vLLM calls it although it could not forget its own blocks, and says so to its caller."""
+    from vllm import SamplingParams
+
+    with engine_on({"tiers": "host:64MiB"}) as engine:
+        engine.ask(prompts)
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other_model)})
+        engine.ask(prompts)
+        scheduler, core = engine.connector._scheduler, engine.llm.llm_engine
+        assert scheduler._weights_changed
+        sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
+        core.add_request("long", {"prompt_token_ids": prompts[0]}, sampling)
+        core.step()
+        assert not engine.llm.reset_prefix_cache(reset_connector=True)
+        assert scheduler._weights_changed
+        while core.has_unfinished_requests():
+            core.step()
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        assert not scheduler._weights_changed
+
+
+def test_what_a_step_without_work_saw_is_told():
+    import torch
+
+    from kvstrata.connectors.vllm.metadata import StepPlan, WeightsReport
+    from kvstrata.connectors.vllm.weights import WeightsWatch
+    from kvstrata.connectors.vllm.worker import WorkerHalf
+    from kvstrata.layout import GroupedCache, LayerGroup, PagedCache
+
+    cache = GroupedCache((LayerGroup(PagedCache(1, 1, 32, 8, "float32"), (0,)),))
+    half, parameter = WorkerHalf(cache, cache.block_layout(64)), torch.zeros(4)
+    half.weights = WeightsWatch(Model(parameter))
+    parameter += 1.0
+    half.load(StepPlan(resets=1))
+    assert half.take_report().weights == WeightsReport.RENEWED
+    half.load(StepPlan(resets=1, renewals=1))
+    assert half.take_report() is None
+
+
 class Model:
     """Parameters, and a `load_weights` that changes nothing."""
 

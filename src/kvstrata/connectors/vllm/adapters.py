@@ -32,9 +32,14 @@ def key_of(lora_request: Any) -> AdapterKey:
     return AdapterKey(lora_request.lora_int_id, lora_request.lora_name, str(lora_request.lora_path))
 
 
-def weights_digest(loras: Mapping[str, Any]) -> str:
-    """Return a digest over the adapter's weights of each module, as vLLM holds them in memory."""
+def weights_digest(loras: Mapping[str, Any], applied: Iterable[str]) -> str:
+    """Return a digest over the adapter's weights of each module, as vLLM holds them in memory.
+
+    `applied` are the modules that vLLM applies adapters to, which an operator may choose.
+    """
     digest = blake3()
+    for module in sorted(applied):
+        digest.update(f"\0applied {module}\0".encode())
     for module, weights in sorted(loras.items()):
         digest.update(f"\0module {module}\0".encode())
         for part in ("lora_a", "lora_b", "scaling"):
@@ -91,7 +96,8 @@ class LoadedAdapters:
             return ""
         seen = self._seen.get(number)
         if seen is None or seen[0]() is not loaded:
-            seen = self._seen[number] = (weakref.ref(loaded), weights_digest(loaded.loras))
+            applied = manager._adapter_manager.modules  # noqa: SLF001 - as above
+            seen = self._seen[number] = weakref.ref(loaded), weights_digest(loaded.loras, applied)
         return seen[1]
 
 

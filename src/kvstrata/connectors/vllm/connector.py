@@ -189,8 +189,20 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         return self.request_finished(request, [])
 
     def reset_cache(self) -> bool | None:
-        """Forget every kept block."""
-        return self._scheduler.clear() if self._scheduler else None
+        """Forget every kept block; None from the worker half, which has none.
+
+        vLLM calls it even where it could not forget its own, because a request has some of them.
+        """
+        return self._scheduler.clear(clean=self._pages_are_free()) if self._scheduler else None
+
+    def _pages_are_free(self) -> bool:
+        """Return whether no request has a page, so that vLLM has forgotten what is in them."""
+        if self._kv_cache_manager is None:
+            return False
+        managers = self._kv_cache_manager.coordinator.single_type_managers
+        pools = {id(each.block_pool): each.block_pool for each in managers}.values()
+        # The null page is never free.
+        return all(pool.num_gpu_blocks - pool.get_num_free_blocks() == 1 for pool in pools)
 
     # -- statistics: from the scheduler half, to wherever vLLM logs them and serves /metrics -------
 

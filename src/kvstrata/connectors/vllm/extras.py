@@ -6,12 +6,15 @@ import struct
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from blake3 import blake3
 
 __all__ = ["Medium", "MediumDigests", "request_extras"]
+
+
+_NAMES_MAX: Final = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +63,21 @@ class MediumDigests:
     def __init__(self) -> None:
         """Know none."""
         self._seen: dict[int, tuple[weakref.ref[Any], bytes]] = {}
+        self._named: dict[str, bytes] = {}  # identifier -> the data that it stood for first
 
     def media(self, features: Iterable[Any]) -> list[Medium] | None:
-        """Return the media of vLLM's `mm_features`, None if it has not the data of one of them."""
+        """Return the media of vLLM's `mm_features`, None if they cannot be told.
+
+        That is so where vLLM has not the data of one, or where its identifier has stood for other
+        data: then vLLM may compute with what it has cached of that.
+        """
         media = []
         for feature in features:
             data = self._data_digest(feature.data)
-            if data is None:
+            known = feature.identifier in self._named or len(self._named) < _NAMES_MAX
+            if data is None or not known:
+                return None
+            if self._named.setdefault(feature.identifier, data) != data:
                 return None
             position = feature.mm_position
             digest = blake3(_spell(feature.modality, feature.identifier) + data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvstrata.connectors.identity import (
     ModelIdentity,
@@ -45,9 +45,21 @@ def vllm_namespace(
         tokens_max=model.max_model_len,
         own={
             "quantization": model.quantization,
+            "quantization_config": getattr(model, "quantization_config", None) or None,
+            "model_class_overrides": getattr(model, "model_class_overrides", None) or None,
+            "vision": _vision(model.multimodal_config),
             "load_format": None if load_format in _REAL_WEIGHTS else load_format,
             # Dummy weights are drawn from the seed; real ones do not depend on it.
             "seed": model.seed if load_format == "dummy" else None,
         },
     )
     return engine_namespace(identity, layout)
+
+
+def _vision(config: Any) -> list[str] | None:
+    """Return how the engine is told to prune videos and to attend in its encoder, if it is."""
+    names = ("video_pruning_rate", "video_pruning_method", "mm_encoder_attn_dtype")
+    told = {name: getattr(config, name, None) for name in names}
+    if not told["video_pruning_rate"] and told["mm_encoder_attn_dtype"] is None:
+        return None
+    return [f"{name}={value}" for name, value in told.items()]

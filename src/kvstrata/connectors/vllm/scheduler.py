@@ -116,6 +116,7 @@ class SchedulerHalf:
         self._weights_mark = ""  # what names blocks of weights that are not the files'
         self._weights_changed = False
         self._resets = self._renewals = 0
+        self._last_step = self._tainted_until = 0
 
     def fence(self, pids: Sequence[int]) -> None:
         """Learn which processes will fill slots; until the daemon knows, nothing is saved."""
@@ -217,6 +218,9 @@ class SchedulerHalf:
 
         In a `tainted` step something was computed on KV that another connector failed to bring.
         """
+        if tainted:
+            self._tainted_until = self._last_step  # plans that are out build on it
+        tainted = tainted or 0 < report.step <= self._tainted_until
         if report.step:
             self._prefill.ended(report.step, time.monotonic())
         self._adapters.take(report.adapters)
@@ -267,19 +271,23 @@ class SchedulerHalf:
         tracked = self._requests.get(request.request_id)
         return sum(tracked.staged.values()) if tracked else 0
 
-    def clear(self) -> bool:
-        """Forget every block in every tier; False if the daemon could not be told yet.
+    def clear(self, *, clean: bool) -> bool:
+        """Forget every block in every tier; always True.
 
-        A reset may mean new weights: what requests under way have computed must not be kept, and
-        until the daemon has forgotten the old blocks nothing is asked of it.
+        Until the daemon has been told nothing is asked of it, and vLLM would stay paused after a
+        reset that failed. A reset may mean new weights: what requests under way have computed must
+        not be kept. Unless it is `clean` vLLM still finds its own blocks of old weights: what is
+        spoiled stays so.
         """
         for tracked in self._requests.values():
             tracked.usable = False
-        self._adapters.forget()
-        self._weights_changed = False
-        self._resets += 1
+        if clean:
+            self._adapters.forget()
+            self._weights_changed = False
+            self._resets += 1
         self._clear_owed = True
-        return self._ready()
+        self._ready()
+        return True
 
     # -- private -------------------------------------------------------------------------------
 
@@ -296,7 +304,9 @@ class SchedulerHalf:
             "weights changed": self._weights_changed,
             "no daemon": not ready,
             "unknown adapter or image": ready and not self._holds(tracked),
-            "loads failed": tracked.failed_loads >= self._failed_loads_max,
+            # The first may find its adapter put out of the worker's memory; that brings it back.
+            "loads failed": tracked.failed_loads
+            >= self._failed_loads_max + (tracked.adapter is not None),
         }
         why = next((reason for reason, true in reasons.items() if true), None)
         if why:
@@ -341,7 +351,7 @@ class SchedulerHalf:
         scheduled = output.num_scheduled_tokens
         if not scheduled:
             return
-        plan.step = next(self._steps)
+        plan.step = self._last_step = next(self._steps)
         prompt = 0
         for request_id, tokens in scheduled.items():
             tracked = self._requests.get(request_id)

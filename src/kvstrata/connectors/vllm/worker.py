@@ -135,7 +135,8 @@ class WorkerHalf:
     def take_report(self) -> StepReport | None:
         """Return what was done since the last call, None if nothing was."""
         report, self._report = self._report, StepReport()
-        told = report.loaded or report.saved or report.unsaved or report.step or report.adapters
+        jobs = report.loaded or report.saved or report.unsaved
+        told = jobs or report.step or report.adapters or report.weights or report.pids
         return report if told else None
 
     def close(self) -> None:
@@ -165,7 +166,8 @@ class WorkerHalf:
         if held == self._layout:
             return GroupedPages(self._cache, held, self._pages, arena, self._rank)
         log.info("kvstrata re-arranges blocks of %s", held.describe())
-        (group,), (pages,) = self._cache.groups, self._pages  # only such caches ask for a bridge
+        (group,), (layers,) = self._cache.groups, self._pages  # only such caches ask for a bridge
+        pages = [layers[run.place] for run in self._cache.runs(self._layout.block_tokens)]
         return BridgedPages(
             Bridge(rank_part(self._layout, self._rank), held), arena, group.cache, pages
         )
