@@ -175,12 +175,13 @@ def test_ruff_keeps_the_rules_that_tidy_leaves_to_it(rule: str, path: str, text:
         ("runtime", "import vllm", "engines"),
         ("connectors/vllm", "import kvstrata.connectors.transformers", "connectors never"),
         ("connectors/trtllm", "import kvstrata.connectors.vllm", "connectors never"),
+        ("connectors/sglang", "import kvstrata.connectors.vllm", "connectors never"),
     ],
 )
 def test_each_import_contract_can_break(tmp_path, room: str, line: str, contract: str) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     package = tmp_path / "src/kvstrata"
-    connectors = [f"connectors/{name}" for name in ("transformers", "trtllm", "vllm")]
+    connectors = [f"connectors/{name}" for name in ("sglang", "transformers", "trtllm", "vllm")]
     for name in (*ROOMS, *connectors, "."):
         (package / name).mkdir(parents=True, exist_ok=True)
         (package / name / "__init__.py").touch()
