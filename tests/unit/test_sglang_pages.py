@@ -169,19 +169,23 @@ def arguments(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"rope_theta": 10000}))
     known = dict.fromkeys(NUMERIC_ARGUMENTS, "auto")
     rest = {"model_path": str(tmp_path), "revision": None, "served_model_name": "m"}
+    known |= {"kt_weight_path": None, "quantization_param_path": None, "kt_method": "AMXINT4"}
+    known |= {"attention_backend": "torch_native", "trust_remote_code": False}
     return known | rest | {"random_seed": 7}
 
 
-CONFIG = {"rope_theta": 10000, "rope_parameters": {"rope_type": "default"}}
+CONFIG = {"model_type": "llama", "rope_theta": 10000, "rope_parameters": {"rope_type": "default"}}
 LONG = {"rope_theta": 10000, "rope_parameters": {"rope_type": "longrope"}}
 
 
-def key_of(  # what may be equal or not
+def key_of(  # noqa: PLR0913, PLR0917  # what may be equal or not
     arguments, order="page_first_direct", shard=Shard(), dtype="float32",  # noqa: B008
-    config=CONFIG, revision="", name="",
+    config=CONFIG, revision="", name="", first_layer=None,
 ):  # fmt: skip
     layout = PoolGeometry(order, LAYERS, PAGES, TOKENS, HEADS, CHANNELS, dtype).block_layout(shard)
-    space = sglang_namespace(arguments, layout, config, revision=revision, name=name)
+    space = sglang_namespace(
+        arguments, layout, config, revision=revision, name=name, first_layer=first_layer
+    )
     return space.model_key(b"s" * 32)
 
 
@@ -197,6 +201,29 @@ def test_what_changes_no_number_does_not(arguments):
     assert key_of(arguments | {"context_length": 99}, config=LONG) != long, "its rope depends on it"
     kept = arguments | {"kv_cache_dtype": "fp8_e5m2"}  # the pool does not tell the model's type
     assert key_of(kept | {"dtype": "x"}) != key_of(kept)
+
+
+def test_what_changes_numbers_in_some_engines_only(arguments, tmp_path):
+    assert key_of(arguments | {"kt_method": "x"}) == key_of(arguments), "no experts are elsewhere"
+    elsewhere = arguments | {"kt_weight_path": "/experts"}
+    assert key_of(elsewhere | {"kt_method": "x"}) != key_of(elsewhere)
+    other = arguments | {"attention_backend": "intel_amx"}
+    assert key_of(other) == key_of(arguments), "one function, up to rounding"
+    gemma = CONFIG | {"model_type": "gemma2", "attn_logit_softcapping": 50.0}
+    assert key_of(other, config=gemma) != key_of(arguments, config=gemma)
+    remote = arguments | {"trust_remote_code": True}
+    assert key_of(remote) == key_of(arguments)
+    coded = CONFIG | {"auto_map": {"AutoModelForCausalLM": "model.Mine"}}
+    assert key_of(remote, config=coded) != key_of(arguments, config=coded)
+    scales = tmp_path / "scales.json"
+    scales.write_text("1")
+    scaled = arguments | {"quantization_param_path": str(scales)}
+    first = key_of(scaled)
+    scales.write_text("2")
+    assert key_of(scaled) != first, "the same path, other scales"
+    shard = Shard(pipeline_rank=1, pipeline_size=3)
+    keys = {key_of(arguments, shard=shard, first_layer=layer) for layer in (2, 3)}
+    assert len(keys) == 2, "an operator may choose which layers a rank has"
 
 
 def test_what_the_pages_are_makes_another_namespace(arguments, tmp_path):

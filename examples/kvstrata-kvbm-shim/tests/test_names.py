@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 
 import pytest
 
@@ -38,14 +39,14 @@ def test_its_classes_read_the_variables(monkeypatch):
         ({}, None),
         ({"DYN_KVBM_CPU_CACHE_GB": "20"}, "host:20000000000"),
         ({"DYN_KVBM_CPU_CACHE_GB": "0.5"}, "host:500000000"),
-        ({"DYN_KVBM_DISK_CACHE_GB": "1"}, "disk:/tmp/kvstrata:1000000000"),
+        ({"DYN_KVBM_DISK_CACHE_GB": "1"}, f"disk:/tmp/kvstrata-{os.geteuid()}:1000000000"),
         (
             {
                 "DYN_KVBM_CPU_CACHE_GB": "1",
                 "DYN_KVBM_DISK_CACHE_GB": "2",
                 "DYN_KVBM_DISK_CACHE_DIR": "/var/kv/",
             },
-            "host:1000000000,disk:/var/kv/kvstrata:2000000000",
+            f"host:1000000000,disk:/var/kv/kvstrata-{os.geteuid()}:2000000000",
         ),
         ({"DYN_KVBM_CPU_CACHE_GB": "20", TIERS: "host:1GiB"}, "host:1GiB"),
         ({"DYN_KVBM_CPU_CACHE_GB": "20", "TLLM_KVSTRATA_ADDRESS": "ipc:///a"}, None),
