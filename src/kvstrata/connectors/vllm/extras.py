@@ -74,10 +74,10 @@ class MediumDigests:
         media = []
         for feature in features:
             data = self._data_digest(feature.data)
-            known = feature.identifier in self._named or len(self._named) < _NAMES_MAX
-            if data is None or not known:
+            if data is None:
                 return None
-            if self._named.setdefault(feature.identifier, data) != data:
+            known = feature.identifier in self._named or len(self._named) < _NAMES_MAX
+            if not known or self._named.setdefault(feature.identifier, data) != data:
                 return None
             position = feature.mm_position
             digest = blake3(_spell(feature.modality, feature.identifier) + data)
