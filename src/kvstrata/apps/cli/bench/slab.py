@@ -8,7 +8,8 @@ are written once before the clock starts.
 `bare` is as many threads that only call preadv or pwritev between the same slots, without seals,
 index or executor: fio moves everything through a few buffers that stay in the caches, a tier moves
 each block to a place of its own. What is between bare and limit no tier can win back; what is
-between ours and bare is what checksum, index and queue cost together.
+between ours and bare is what checksum, index and queue cost together. Blocks lie in huge pages
+where the machine has some, as a daemon's do with KVSTRATA_HOST_HUGE_PAGES=try (docs/adr/0009).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any, Final
 
 from kvstrata.apps.cli.bench.limits import make_limit
 from kvstrata.apps.cli.bench.turns import PathRow, path_of, take_turns
-from kvstrata.core.config import BACKEND_DEFAULT, Limits
+from kvstrata.core.config import BACKEND_DEFAULT, HostMemoryConfig, HugePages, Limits
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import DISK
 from kvstrata.layout import BlockLayout, Dimension
@@ -38,6 +39,7 @@ from kvstrata.pool import Pool
 from kvstrata.storage.arena import Arena
 from kvstrata.storage.base import PAGE_BYTES, StoredBlock
 from kvstrata.storage.entry import ENTRY_BYTES, encode_entry
+from kvstrata.storage.hostmemory import HostMemory
 from kvstrata.storage.seal import seal
 from kvstrata.storage.slab import Slab, without_collector
 from kvstrata.transfer.base import Job, JobDone, ReadJob, WriteJob
@@ -82,7 +84,10 @@ class _Ours:
         self._setup = setup
         blocks, size = setup.blocks, setup.block_bytes
         layout = BlockLayout((Dimension("byte", size),), "int8", 8, "bench")
-        self._arena = Arena.create(blocks * (size + 8) + 3 * PAGE_BYTES, layout)
+        room = blocks * (size + 8) + 3 * PAGE_BYTES
+        with contextlib.closing(HostMemory.take(room, HostMemoryConfig(HugePages.TRY))) as memory:
+            self._arena = Arena.create(room, layout, memory)
+            self.pages = str(memory.statistics()["pages"])
         capacity = blocks * (size + ENTRY_BYTES) + 3 * PAGE_BYTES
         self.slab = Slab.open(str(setup.directory), capacity, layout)
         luck = random.Random(1)
@@ -199,7 +204,7 @@ def measure_slab(setup: Setup, rounds: int) -> list[PathRow]:
             samples = take_turns(sides, rounds)
             bare = f"p{way}v of the same slots, no checksum, {setup.threads} threads"
             for name, other, tool in (
-                (f"slab {way}", "limit", limit.tool),
+                (f"slab {way}", "limit", f"{limit.tool}; ours in {ours.pages}"),
                 (f"slab {way} beside bare calls", "bare", bare),
             ):
                 line = path_of(name, setup.block_bytes, samples["ours"], samples[other], tool)
