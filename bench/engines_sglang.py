@@ -22,7 +22,8 @@ from typing import Any
 
 # A script's own folder comes first on the path, and this one has files named like packages.
 sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(__file__).parent]
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT), str(ROOT / "tests" / "shared")]
 
 from bench.engines import VOCABULARY, write_model  # noqa: E402
 from tests.sglang.conftest import Engine, run_engine  # noqa: E402

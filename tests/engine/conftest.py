@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit import write_llama
 
 # vLLM reads these when it is first imported. One thread: two engines and a daemon share two cores.
 os.environ.update(
@@ -108,34 +109,6 @@ class Engine:
         arena.close()
         session.release(["ours"])
         return session.layout, blocks
-
-
-def write_llama(folder: Path, seed: int = 0, spread: float = 0.2) -> Path:
-    """Write a Llama of 0.7 million random weights; its greedy answers are varied.
-
-    With a `spread` below 0.1 they begin to repeat themselves.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-        initializer_range=spread,
-    )
-    LlamaForCausalLM(config).float().save_pretrained(folder)
-    return folder
 
 
 @contextmanager

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from kit import SharedDaemon
 
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.session import Session
@@ -22,36 +21,6 @@ pytestmark = pytest.mark.engine
 
 REQUEST_DEADLINE_S = 10.0
 """A request of the tiny model takes 0.1 s; a lost daemon may add its call timeout of 1 s."""
-
-
-class SharedDaemon:
-    """`kvstrata serve` in a process of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.address = f"ipc://{folder}/node.sock"
-        self.tiers = f"host:64MiB,disk:{folder / 'kv'}:64MiB"
-        self.start()
-
-    def start(self) -> None:
-        """Start it and wait until it serves."""
-        command = [sys.executable, "-m", "kvstrata.apps.cli.main", "serve"]
-        self.process = subprocess.Popen(
-            [*command, "--tiers", self.tiers, "--address", self.address],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if "serves" in line:
-                return
-        raise AssertionError("the daemon did not start")
-
-    def signal(self, number: int) -> None:
-        """Send it a signal; after SIGKILL wait until it is gone."""
-        os.kill(self.process.pid, number)
-        if number == signal.SIGKILL:
-            self.process.wait(10)
-            self.process.stderr.close()
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit import SharedDaemon, write_llama
 
 _SUPPORT = Path(__file__).parent / "support"
 PAGE_TOKENS = 16
@@ -198,31 +199,6 @@ class Engine:
         return "\n".join(line[:300] for line in lines[-60:] if "server_args" not in line)
 
 
-def write_llama(folder: Path, seed: int = 0) -> Path:
-    """Write a Llama of 0.7 million random weights; its greedy answers are varied."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).float().save_pretrained(folder)
-    return folder
-
-
 def extra_config(**ours: Any) -> str:
     """Return the text that SGLang takes our settings from."""
     config = {
@@ -355,46 +331,6 @@ def reference(engine: Engine, prompts: list[list[int]]) -> list[tuple[int, ...]]
         assert answer.cached == 0
         answers.append(answer.tokens)
     return answers
-
-
-class SharedDaemon:
-    """`kvstrata serve` in a process of its own."""
-
-    def __init__(self, folder: Path, host: str = "64MiB", disk: str = "64MiB") -> None:
-        self.folder = folder
-        self.address = f"ipc://{folder}/node.sock"
-        self.tiers = f"host:{host},disk:{folder / 'kv'}:{disk}"
-        self.start()
-
-    def start(self) -> None:
-        """Start it and wait until it serves."""
-        command = [sys.executable, "-m", "kvstrata.apps.cli.main", "serve"]
-        self.process = subprocess.Popen(
-            [*command, "--tiers", self.tiers, "--address", self.address],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if "serves" in line:
-                return
-        raise AssertionError("the daemon did not start")
-
-    def signal(self, number: int) -> None:
-        """Send it a signal; after SIGKILL wait until it is gone."""
-        os.kill(self.process.pid, number)
-        if number == signal.SIGKILL:
-            self.process.wait(10)
-            self.process.stderr.close()
-
-    def statistics(self) -> dict[str, Any]:
-        """Return the daemon's statistics once everything saved has reached the disk."""
-        from kvstrata.runtime.admin import AdminClient
-
-        with AdminClient(self.address) as admin:
-            admin.wait_idle(30)
-            node: dict[str, Any] = admin.stats()["node"]
-        return node
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from kvstrata.layout import BlockLayout, model_geometry
 from kvstrata.tokens import Namespace
 
 __all__ = [
+    "FIXED_ROPES",
     "WEIGHT_SUFFIXES",
     "ModelIdentity",
     "disputed",
@@ -27,6 +28,7 @@ __all__ = [
     "model_name",
     "numerics_digest",
     "plain_config",
+    "rope_types",
     "weights_revision",
 ]
 
@@ -36,7 +38,7 @@ _SAMPLE_BYTES: Final = 1 << 16
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
 _UNSET: Final = frozenset({"None", "", "auto", "False"})
 """Settings, as text, that leave a choice to the engine, which the other fields then tell."""
-_FIXED_ROPES: Final = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
+FIXED_ROPES: Final = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 """Types of rope whose angles do not depend on how long texts may be or are."""
 _AGREED_ROPE: Final = frozenset({
     "beta_fast", "beta_slow", "factor", "high_freq_factor", "low_freq_factor",
@@ -148,7 +150,7 @@ def engine_namespace(identity: ModelIdentity, layout: BlockLayout) -> Namespace:
     own = {name: value for name, value in identity.own.items() if str(value) not in _UNSET}
     if words := sorted(set(disputed(identity.config))):
         own["disputed"] = words
-    if set(_rope_types(identity.config)) - _FIXED_ROPES:
+    if set(_ropes_in(identity.config)) - FIXED_ROPES:
         own["tokens_max"] = identity.tokens_max  # some choose their factors by it
     numerics = {"config": effective_config(identity.config), "dtype": identity.dtype}
     if own:
@@ -213,20 +215,21 @@ def _disputed_rope(rope: Any) -> Iterator[str]:
             yield f"rope {name}"
 
 
-def _rope_types(config: Any) -> Iterator[str]:
+def _ropes_in(config: Any) -> Iterator[str]:
     """Yield the types of rope in a configuration, wherever in it they are."""
     if isinstance(config, Mapping):
         for name, value in config.items():
             if name in {"rope_parameters", "rope_scaling"}:
-                yield from _types_below(value)
+                yield from rope_types(value)
             else:
-                yield from _rope_types(value)
+                yield from _ropes_in(value)
 
 
-def _types_below(rope: Any) -> Iterator[str]:
+def rope_types(rope: Any) -> Iterator[str]:
+    """Yield each type in parameters of rope, which may have some for each kind of layer."""
     if isinstance(rope, Mapping):
         nested = [each for each in rope.values() if isinstance(each, Mapping)]
         for each in nested:  # one for each kind of layer
-            yield from _types_below(each)
+            yield from rope_types(each)
         if not nested:
             yield str(rope.get("rope_type", rope.get("type", "default")))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from kvstrata.connectors.identity import FIXED_ROPES, rope_types
 from kvstrata.connectors.versions import refuse_untested
 from kvstrata.core.errors import LayoutError
 
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
 __all__ = ["foreign_hooks", "refuse_model", "unserved"]
-
-# The others (dynamic, longrope) turn keys by an angle that depends on how long the text was.
-_ROPE_TYPES: Final = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 
 _OWN_WORDS: Final = ("assistant_model", "custom_generate", "inputs_embeds", "past_key_values")
 """Arguments of `generate` that are a cache, a loop or an input of the caller's own."""
@@ -95,7 +93,7 @@ def _kind_objections(model: PreTrainedModel) -> list[tuple[bool, str]]:
     text = config.get_text_config(decoder=True)
     kinds = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer}
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
-    odd = sorted(set(_rope_types(getattr(config, "rope_parameters", None))) - _ROPE_TYPES)
+    odd = sorted(set(rope_types(getattr(config, "rope_parameters", None))) - FIXED_ROPES)
     return [
         (not model.can_generate() or config.is_encoder_decoder, "not a decoder that generates"),
         (text is not config, "takes more than text"),
@@ -133,14 +131,3 @@ def _state_objections(model: PreTrainedModel) -> list[tuple[bool, str, str]]:
         ),
         (model.training, "it is in training mode", "call model.eval() before for_model"),
     ]
-
-
-def _rope_types(parameters: Any) -> Iterator[str]:
-    """Yield each rope type of a configuration, which may have one for each kind of layer."""
-    if not isinstance(parameters, Mapping):
-        return
-    if any(isinstance(each, Mapping) for each in parameters.values()):
-        for each in parameters.values():
-            yield from _rope_types(each)
-    else:
-        yield str(parameters.get("rope_type", "default"))

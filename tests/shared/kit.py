@@ -1,0 +1,90 @@
+"""What several lanes start and look at: a tiny Llama, a daemon, a demo's report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["SharedDaemon", "demo_kept_its_promises", "write_llama"]
+
+
+def write_llama(folder: Path, seed: int = 0) -> Path:
+    """Write a Llama of 0.7 million random weights; its greedy answers are varied."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+class SharedDaemon:
+    """`kvstrata serve` in a process of its own."""
+
+    def __init__(self, folder: Path, host: str = "64MiB", disk: str = "64MiB") -> None:
+        self.folder = folder
+        self.address = f"ipc://{folder}/node.sock"
+        self.tiers = f"host:{host},disk:{folder / 'kv'}:{disk}"
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it serves."""
+        command = [sys.executable, "-m", "kvstrata.apps.cli.main", "serve"]
+        self.process = subprocess.Popen(
+            [*command, "--tiers", self.tiers, "--address", self.address],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if "serves" in line:
+                return
+        raise AssertionError("the daemon did not start")
+
+    def signal(self, number: int) -> None:
+        """Send it a signal; after SIGKILL wait until it is gone."""
+        os.kill(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait(10)
+            self.process.stderr.close()
+
+    def statistics(self) -> dict[str, Any]:
+        """Return the daemon's statistics once everything saved has reached the disk."""
+        from kvstrata.runtime.admin import AdminClient
+
+        with AdminClient(self.address) as admin:
+            admin.wait_idle(30)
+            node: dict[str, Any] = admin.stats()["node"]
+        return node
+
+
+def demo_kept_its_promises(report: Path) -> None:
+    """Check a demo's report: every answer the same, every full block from where it was to come."""
+    phases = {phase["name"]: phase["turns"] for phase in json.loads(report.read_text())["phases"]}
+    assert list(phases) == ["cold", "warm", "after_restart"]
+    assert all(turn["identical"] for turns in phases.values() for turn in turns)
+    assert all(not sum(turn["tokens_from"].values()) for turn in phases["cold"])
+    for name, tier in (("warm", "host"), ("after_restart", "disk")):
+        for turn in phases[name]:
+            assert turn["tokens_from"][tier] == turn["full_block_tokens"], (name, turn)
+            assert sum(turn["tokens_from"].values()) == turn["full_block_tokens"]
