@@ -76,7 +76,7 @@ def test_only_accepted_tokens_are_stored(engine_on, make_llama, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"NUMBA_NUM_THREADS": "1"},
+        env=os.environ | {"NUMBA_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     said = json.loads((tmp_path / "said.json").read_text())

@@ -13,8 +13,11 @@ from typing import Any
 __all__ = ["SharedDaemon", "demo_kept_its_promises", "write_llama"]
 
 
-def write_llama(folder: Path, seed: int = 0) -> Path:
-    """Write a Llama of 0.7 million random weights; its greedy answers are varied."""
+def write_llama(folder: Path, seed: int = 0, spread: float = 0.2) -> Path:
+    """Write a Llama of 0.7 million random weights; its greedy answers are varied.
+
+    `spread` is the deviation of its weights; from 0.1 down it repeats itself, as a draft needs.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,7 +35,7 @@ def write_llama(folder: Path, seed: int = 0) -> Path:
         eos_token_id=2,
         pad_token_id=0,
         tie_word_embeddings=False,
-        initializer_range=0.2,
+        initializer_range=spread,
     )
     LlamaForCausalLM(config).float().save_pretrained(folder)
     return folder
