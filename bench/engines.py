@@ -198,12 +198,14 @@ def overhead(sides: Sides, rounds: int, tokens: int) -> dict[str, Any]:
     looking = {"kv_transfer_params": {"kvstrata": {"store": False}}}
     ways: dict[str, tuple[str, dict[str, Any]]] = {
         "alone": ("alone", {}),
+        "null connector": ("null", {}),
         "kvstrata": ("kvstrata", {}),
         "kvstrata, not saving": ("kvstrata", {"extra": looking}),
         "tiering": ("tiering", {}),
     }
     spent: dict[str, list[float]] = {name: [] for name in ways}
-    with sides.running(["alone", "kvstrata", "tiering"]) as children:
+    busy: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    with sides.running(["alone", "null", "kvstrata", "tiering"]) as children:
         for number in range(rounds + 1):
             for place, name in enumerate(turned(list(ways), number)):
                 child, given = ways[name]
@@ -211,15 +213,26 @@ def overhead(sides: Sides, rounds: int, tokens: int) -> dict[str, Any]:
                 prompts = [prompt_of(tokens, seed + each) for each in range(BATCH)]
                 answer = children[child].ask(prompts, 32, **given)
                 assert not any(answer["cached"]), "something was found of a prompt that is new"
+                # What it still writes must not slow the next side down.
+                children[child].order(do="settle")
                 if number:  # the first round only warms up
                     spent[name].append(answer["seconds"])
+                    busy[name].append(answer["cpu"])
     base = spent["alone"]
+    base_cpu = [each["engine"] for each in busy["alone"]]
     moved = BATCH * (tokens + 32)
     return {
         name: {
             "tokens_per_s": round(moved / median(took), 1),
             "ratio": round(median(base) / median(took), 4),
             "ratio_of_rounds": round(median(b / t for b, t in zip(base, took, strict=True)), 4),
+            "cpu_us_per_token": {
+                who: round(1e6 * median(each[who] for each in busy[name]) / moved, 1)
+                for who in busy[name][0]
+            },
+            "cpu_ratio_of_rounds": round(
+                median(b / c["engine"] for b, c in zip(base_cpu, busy[name], strict=True)), 4
+            ),
         }
         for name, took in spent.items()
     }

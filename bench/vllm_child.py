@@ -44,6 +44,8 @@ def transfer_config(way: str, folder: str, address: str) -> dict[str, Any] | Non
                 "block_tokens": BLOCK_TOKENS,
             },
         }
+    if way == "null":
+        return {"kv_connector": "NullConnector", "kv_connector_module_path": "vllm_null"}
     if way == "tiering":  # vLLM's own, with its file system tier; it has no CPU platform itself
         return {
             "kv_connector": "OffloadingConnector",
@@ -64,7 +66,7 @@ def transfer_config(way: str, folder: str, address: str) -> dict[str, Any] | Non
 
 def make_engine(arguments: dict[str, Any]) -> Any:
     """Return a vLLM."""
-    if arguments["way"] == "tiering":
+    if arguments["way"] in {"tiering", "null"}:
         sys.path.append(str(Path(__file__).parent / "peers"))
     if arguments["way"] == "lmcache":
         _let_numba_be()
@@ -111,18 +113,32 @@ def ask(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
         extra_args=order.get("extra"),
     )
     inputs = [{"prompt_token_ids": prompt} for prompt in order["prompts"]]
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time(), time.thread_time(), daemon_seconds(llm)
     outputs = llm.generate(inputs, sampling, use_tqdm=False)
-    took = time.perf_counter() - began
+    ended = time.perf_counter(), time.process_time(), time.thread_time(), daemon_seconds(llm)
+    took, process, thread, daemon = (b - a for a, b in zip(began, ended, strict=True))
     return {
         "seconds": took,
+        "cpu": {"engine": thread, "engine's other threads": process - thread, "daemon": daemon},
         "tokens": [list(each.outputs[0].token_ids) for each in outputs],
         "cached": [each.num_cached_tokens or 0 for each in outputs],
     }
 
 
+def daemon_seconds(llm: Any) -> float:
+    """Return the CPU time that the engine's daemon has spent so far, 0 without one."""
+    connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
+    pid = getattr(connector, "daemon_pid", 0)
+    if not pid:
+        return 0.0
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def settle(llm: Any, way: str) -> None:
     """Wait until what was saved is where it is to be."""
+    if way in {"alone", "null"}:
+        return
     if way != "kvstrata":
         for _ in range(20):  # nobody else can be asked
             time.sleep(0.1)
