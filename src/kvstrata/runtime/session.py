@@ -132,6 +132,21 @@ class Session:
             self.lost(error)
             raise
 
+    def tell_all(self, calls: Sequence[wire.Call]) -> None:
+        """Make calls whose answer is Done in one round trip, in their order; raises as `call`.
+
+        A refused one does not keep those behind it from being carried out.
+        """
+        if self._link is None or self.welcome is None:
+            raise CallRefusedError("the session is down")
+        try:
+            self._link.call_all(calls, wire.Done, self._limits.call_timeout_s)
+        except CallRefusedError:
+            raise
+        except DaemonError as error:
+            self.lost(error)
+            raise
+
     def close(self) -> None:
         """Say goodbye and stop a private daemon; twice is harmless."""
         self._closed = True
