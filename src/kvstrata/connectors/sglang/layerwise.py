@@ -72,9 +72,12 @@ class LayerLoads:
             except BaseException as error:  # noqa: BLE001  # the forward pass waits for a word
                 log.warning("kvstrata's load failed, SGLang drops its requests: %s", error)
                 self._counter.fail(index, error)
-            finally:
+            try:
                 for lease in batch:
                     self._leases.end(lease)
+            except Exception:  # the thread must live: SGLang waits for its later batches
+                log.exception("kvstrata could not give slots back")
+            finally:
                 self._batches.task_done()
         self._batches.task_done()
 
