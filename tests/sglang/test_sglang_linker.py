@@ -164,36 +164,3 @@ def test_a_daemon_that_is_killed_or_hangs_costs_time_only(linked, common, prompt
     assert tokens(alone) == reference
     linked.forget()
     common.start()
-
-
-def test_answers_under_eviction(linked, common, prompts, reference):
-    common.signal(signal.SIGKILL)
-    # 31 pages of 64 KiB in the host: most of what is asked for has been evicted to disk.
-    common.tiers = f"host:2MiB,disk:{common.folder / 'small'}:16MiB"
-    common.start()
-    find_again(linked, prompts[-1:], reference[-1:])
-    linked.forget()
-    hits = 0
-    for _ in range(3):
-        answers = linked.ask(prompts)
-        assert tokens(answers) == reference
-        hits += sum(cached(answers))
-        wait_saved(common)
-        linked.forget()
-    assert hits > 0
-
-
-def test_pages_of_old_weights_are_never_found_under_new_ones(
-    linked, common, make_llama, tmp_path, prompts, reference
-):
-    assert linked.ask(prompts[:1])[0].tokens == reference[0]
-    wait_saved(common)
-    linked.update_weights(make_llama(tmp_path / "other", seed=1))
-    before = counters(common)["stored_blocks"]
-    first = linked.ask(prompts[:4])
-    assert cached(first) == [0] * 4
-    assert tokens(first) != reference[:4]
-    linked.forget()
-    again = linked.ask(prompts[:4])
-    assert (tokens(again), cached(again)) == (tokens(first), [0] * 4)
-    assert counters(common)["stored_blocks"] == before
