@@ -6,6 +6,7 @@ import pytest
 
 from kvstrata.core.errors import ConfigError
 from kvstrata.testing.cuda import FakeCudaRuntime
+from kvstrata.transfer.cuda.libcudart import LibCudart
 from kvstrata.transfer.cuda.pagelock import PageLock
 
 START = 0x10000
@@ -56,3 +57,8 @@ def test_a_piece_that_is_not_given_back_is_told_and_tried_again():
     runtime.stuck.clear()
     assert lock.close() == 0
     assert runtime.registered == {}
+
+
+def test_a_missing_library_is_told_with_its_remedy():
+    with pytest.raises(ConfigError, match=r"libcudart-of-nobody.so.*nvidia-cuda-runtime"):
+        LibCudart("libcudart-of-nobody.so")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from random import Random
+
 from kvstrata.transfer.cuda.runtime import ALREADY_REGISTERED
 
-__all__ = ["FakeCudaRuntime"]
+__all__ = ["FakeCudaRuntime", "FakeCudaStreams"]
 
 _NAMES = {1: "cudaErrorInvalidValue", 2: "cudaErrorMemoryAllocation", 712: "AlreadyRegistered"}
 _NOT_REGISTERED = 713
@@ -44,3 +47,93 @@ class FakeCudaRuntime:
     def describe(self, code: int) -> str:
         """Return the name of an error code."""
         return _NAMES.get(code, f"error {code}")
+
+
+class FakeCudaStreams:
+    """Streams as queues that advance in any order, one byte at a time, over one memory."""
+
+    def __init__(self, memory: bytearray, random: Random) -> None:
+        """Copies read and write `memory`, by address."""
+        self.memory = memory
+        self.copies_before_failure: int | None = None
+        self.records_before_failure: int | None = None
+        self._random = random
+        self._queues: list[list[tuple[str, int, int] | Callable[[], None]]] = []
+        self._recorded: dict[int, int] = {}
+        self._happened: dict[int, int] = {}
+        self._events = 0
+
+    def stream_create(self) -> int:
+        """Return a new stream."""
+        self._queues.append([])
+        return len(self._queues) - 1
+
+    def event_create(self) -> int:
+        """Return a new event."""
+        self._events += 1
+        self._recorded[self._events] = self._happened[self._events] = 0
+        return self._events
+
+    def event_destroy(self, event: int) -> None:
+        """Forget an event; KeyError if that was done before."""
+        del self._recorded[event]
+
+    @property
+    def events(self) -> int:
+        """How many events were not given back."""
+        return len(self._recorded)
+
+    def event_record(self, event: int, stream: int) -> int:
+        """Queue the event."""
+        if self.records_before_failure is not None:
+            if not self.records_before_failure:
+                return 1
+            self.records_before_failure -= 1
+        self._recorded[event] += 1
+        self._queues[stream].append(("record", event, self._recorded[event]))
+        return 0
+
+    def event_happened(self, event: int) -> bool:
+        """Return whether its last record has happened."""
+        return self._happened[event] >= self._recorded[event]
+
+    def stream_wait(self, stream: int, event: int) -> int:
+        """Queue a wait for the event's last record."""
+        self._queues[stream].append(("wait", event, self._recorded[event]))
+        return 0
+
+    def copy(self, target: int, source: int, length_bytes: int, stream: int) -> int:
+        """Queue a copy, a byte at a time; refuse what reaches outside the memory."""
+        if self.copies_before_failure is not None:
+            if not self.copies_before_failure:
+                return 1
+            self.copies_before_failure -= 1
+        if length_bytes < 1 or max(target, source) + length_bytes > len(self.memory):
+            return 1
+        self._queues[stream].extend(("copy", target + i, source + i) for i in range(length_bytes))
+        return 0
+
+    def launch(self, stream: int, kernel: Callable[[], None]) -> None:
+        """Queue a kernel, which runs at once when its turn comes."""
+        self._queues[stream].append(kernel)
+
+    def describe(self, code: int) -> str:
+        """Return the name of an error code."""
+        return _NAMES.get(code, f"error {code}")
+
+    def advance(self) -> bool:
+        """Let one stream that can do one thing; return whether any could."""
+        ready = [queue for queue in self._queues if queue and not self._blocked(queue[0])]
+        if not ready:
+            return False
+        done = self._random.choice(ready).pop(0)
+        if not isinstance(done, tuple):
+            done()
+        elif done[0] == "copy":
+            self.memory[done[1]] = self.memory[done[2]]
+        elif done[0] == "record":
+            self._happened[done[1]] = done[2]
+        return True
+
+    def _blocked(self, head: tuple[str, int, int] | Callable[[], None]) -> bool:
+        return isinstance(head, tuple) and head[0] == "wait" and self._happened[head[1]] < head[2]
