@@ -65,17 +65,12 @@ def transfer(**settings: Any) -> Any:
     )
 
 
-@pytest.fixture
-def tiered(engine_on):
-    """`with tiered(**settings) as (engine, tier):` runs vLLM's tiers with ours below."""
-
-    @contextmanager
-    def start(settings: dict[str, Any], **options: Any):
-        with engine_on(kv_transfer_config=transfer(**settings), **options) as engine:
-            (tier,) = engine.connector.scheduler.manager.secondary_tiers
-            yield engine, tier
-
-    return start
+@contextmanager
+def tiered(engine_on, settings: dict[str, Any], **options: Any) -> Iterator[tuple[Any, Any]]:
+    """Run vLLM's tiers with ours below: the engine and our tier."""
+    with engine_on(kv_transfer_config=transfer(**settings), **options) as engine:
+        (tier,) = engine.connector.scheduler.manager.secondary_tiers
+        yield engine, tier
 
 
 @pytest.fixture
@@ -111,9 +106,9 @@ def damage(folder: Path) -> None:
     path.write_bytes(data)
 
 
-def test_blocks_come_from_disk_after_a_restart(tiered, prompts, reference, tmp_path):
+def test_blocks_come_from_disk_after_a_restart(engine_on, prompts, reference, tmp_path):
     settings = {"tiers": f"host:32MiB,disk:{tmp_path / 'kv'}:64MiB"}
-    with tiered(settings) as (engine, tier):
+    with tiered(engine_on, settings) as (engine, tier):
         cold = engine.ask(prompts)
         assert [each.tokens for each in cold] == reference
         assert not any(each.cached for each in cold)
@@ -124,7 +119,7 @@ def test_blocks_come_from_disk_after_a_restart(tiered, prompts, reference, tmp_p
         assert tier.statistics()["loaded"] == CANARY, (
             "vLLM's CPU tier answered, only the canary came"
         )
-    with tiered(settings) as (engine, tier):
+    with tiered(engine_on, settings) as (engine, tier):
         again = engine.ask(prompts)
         assert [each.tokens for each in again] == reference
         assert sum(each.cached for each in again) == chunks(prompts) * CHUNK_TOKENS
@@ -135,7 +130,7 @@ def test_blocks_come_from_disk_after_a_restart(tiered, prompts, reference, tmp_p
         assert [each.tokens for each in fresh] == reference
         assert not any(each.cached for each in fresh)
     damage(tmp_path / "kv")
-    with tiered(settings) as (engine, tier):
+    with tiered(engine_on, settings) as (engine, tier):
         spoilt = engine.ask(prompts)
         assert [each.tokens for each in spoilt] == reference
         assert not any(each.cached for each in spoilt)
@@ -144,8 +139,8 @@ def test_blocks_come_from_disk_after_a_restart(tiered, prompts, reference, tmp_p
             assert admin.stats()["node"]["counters"]["corrupt_blocks"] >= len(prompts)
 
 
-def test_a_lost_daemon_costs_time_only(tiered, prompts, reference, daemon):
-    with tiered({"address": daemon.address, "staging_timeout_s": 1.0}) as (engine, tier):
+def test_a_lost_daemon_costs_time_only(engine_on, prompts, reference, daemon):
+    with tiered(engine_on, {"address": daemon.address, "staging_timeout_s": 1.0}) as (engine, tier):
         engine.ask(prompts[:1])
         for number in (signal.SIGSTOP, signal.SIGKILL):
             daemon.signal(number)
@@ -164,14 +159,14 @@ def test_a_lost_daemon_costs_time_only(tiered, prompts, reference, daemon):
 
 
 def test_only_the_same_model_and_salt_find_blocks(
-    tiered, engine_on, make_llama, prompts, reference, daemon, tmp_path
+    engine_on, make_llama, prompts, reference, daemon, tmp_path
 ):
     settings = {"address": daemon.address}
-    with tiered(settings) as (engine, tier):
+    with tiered(engine_on, settings) as (engine, tier):
         assert [each.tokens for each in engine.ask(prompts)] == reference
         wait_stored(tier, chunks(prompts) + CANARY)
         layout = tier._session_at_start.layout
-    with tiered(settings) as (engine, tier):
+    with tiered(engine_on, settings) as (engine, tier):
         salted = engine.ask(prompts, cache_salt="another tenant")
         assert [each.tokens for each in salted] == reference
         assert tier.statistics()["found"] == CANARY
@@ -181,12 +176,25 @@ def test_only_the_same_model_and_salt_find_blocks(
     with engine_on(model=other) as engine:
         expected = [each.tokens for each in engine.ask(prompts)]
     assert expected != reference
-    with tiered(settings, model=other) as (engine, tier):
+    with tiered(engine_on, settings, model=other) as (engine, tier):
         assert tier._session_at_start.layout == layout, "else the daemon refuses it anyway"
         assert [each.tokens for each in engine.ask(prompts)] == expected
         assert tier.statistics()["found"] == CANARY
-    with pytest.raises(ConfigError, match="layout"), tiered(settings, dtype="bfloat16"):
+    with pytest.raises(ConfigError, match="layout"), tiered(engine_on, settings, dtype="bfloat16"):
         pass
+
+
+def test_vllm_goes_on_when_the_thread_fails(engine_on, prompts, reference):
+    with tiered(engine_on, {"tiers": "host:32MiB"}) as (engine, tier):
+        keeper = tier._keeper
+        keeper._rows = keeper._rows[:, :-1]  # no copy fits any more
+        assert [each.tokens for each in engine.ask(prompts)] == reference
+        keeper._thread.join(10)
+        assert not keeper._thread.is_alive()
+        keeper.drain()  # would wait for ever
+        engine.forget()
+        assert [each.tokens for each in engine.ask(prompts)] == reference
+        assert keeper.statistics()["stored"] == CANARY
 
 
 @pytest.mark.parametrize(
@@ -197,6 +205,7 @@ def test_only_the_same_model_and_salt_find_blocks(
         ("model_config.is_multimodal_model", True, "images"),
         ("model_config.enable_sleep_mode", True, "sleep_mode"),
         ("cache_config.prefix_caching_hash_algo", "xxhash", "xxhash"),
+        ("model_config.use_mla", True, "MLA"),
         ("spec.parallel.world_size", 2, "more than one worker"),
         ("spec.canonical_layout", True, "canonical_layout"),
     ],
@@ -207,7 +216,9 @@ def test_what_vllms_hash_does_not_say_is_refused(place, value, said):
     plain = SimpleNamespace(
         lora_config=None,
         weight_transfer_config=None,
-        model_config=SimpleNamespace(is_multimodal_model=False, enable_sleep_mode=False),
+        model_config=SimpleNamespace(
+            is_multimodal_model=False, enable_sleep_mode=False, use_mla=False
+        ),
         cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256"),
         spec=SimpleNamespace(parallel=SimpleNamespace(world_size=1), canonical_layout=False),
     )
@@ -221,11 +232,11 @@ def test_what_vllms_hash_does_not_say_is_refused(place, value, said):
         refuse_unknown(plain, SimpleNamespace(config=plain.spec))
 
 
-def test_settings_and_versions_that_it_does_not_know_are_refused(tiered, monkeypatch):
+def test_settings_and_versions_that_it_does_not_know_are_refused(engine_on, monkeypatch):
     import vllm
 
-    with pytest.raises(ConfigError, match="block_tokens"), tiered({"block_tokens": 64}):
+    with pytest.raises(ConfigError, match="block_tokens"), tiered(engine_on, {"block_tokens": 64}):
         pass
     monkeypatch.setattr(vllm, "__version__", "0.33.0")
-    with pytest.raises(LayoutError, match="not a version"), tiered({}):
+    with pytest.raises(LayoutError, match="not a version"), tiered(engine_on, {}):
         pass

@@ -49,6 +49,7 @@ def refuse_unknown(config: VllmConfig, spec: OffloadingSpec) -> None:
         "enable_sleep_mode, which may change the weights": model.enable_sleep_mode,
         "weight_transfer_config, which changes the weights": config.weight_transfer_config,
         f"prefix_caching_hash_algo {algorithm}": algorithm not in _HASHES,
+        "latent attention (MLA), which is not tried yet": model.use_mla,
         "more than one worker, which is not tried yet": spec.config.parallel.world_size != 1,
         "canonical_layout, which is not tried yet": spec.config.canonical_layout,
     }

@@ -147,6 +147,7 @@ class Keeper:
         self._stores: deque[Store] = deque()
         self._releases: list[str] = []
         self._forgets: list[tuple[str, LineageDigest]] = []
+        self._at_hand: deque[_Work] = deque()  # taken from the queues, not ended
         self._busy = 0  # loads and stores handed in and not ended
         self._answers: deque[Answered] = deque(maxlen=_EVENTS_MAX)
         self._ended: deque[Ended] = deque()  # as many as vLLM has jobs
@@ -238,6 +239,27 @@ class Keeper:
     # -- the thread ----------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:
+            log.exception("kvstrata's tier has failed: vLLM goes on without it")
+        finally:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Answer and end whatever is left, as misses: vLLM must not wait for it."""
+        with self._lock:
+            self._closing = True
+            left = [*self._at_hand, *self._questions, *self._loads, *self._stores]
+            for queue in (self._at_hand, self._questions, self._loads, self._stores):
+                queue.clear()
+        for work in left:
+            if isinstance(work, Question):
+                self._answers.append(Answered(work, 0))
+            else:
+                self._end(work, 0, 0.0, handed=True)
+
+    def _serve(self) -> None:
         while True:
             work, releases, forgets = self._next()
             epoch = self._daemon.epoch() if releases or forgets else None
@@ -248,8 +270,10 @@ class Keeper:
                     break
                 (key,) = epoch.hashes(mark, [digest])
                 self._daemon.call(wire.Forget(key), wire.Cleared)
-            for each in work:
-                self._do(each)
+            self._at_hand.extend(work)
+            while self._at_hand:
+                self._do(self._at_hand[0])
+                self._at_hand.popleft()
             if not (work or releases or forgets):
                 return
 
