@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["calling_connector", "calling_runner"]
+__all__ = ["calling_connector", "calling_offloader", "calling_runner"]
 
 
 def calling_runner() -> Any | None:
@@ -24,6 +24,15 @@ def calling_connector(own: Any) -> Any | None:
     Such a connector (vLLM's MultiConnector) hands its children copies of its configuration.
     """
     return _caller(lambda one: one is not own and hasattr(one, "get_num_new_matched_tokens"))
+
+
+def calling_offloader() -> Any | None:
+    """Return vLLM's offloading connector that makes us one of its tiers, None outside of it.
+
+    vLLM tells a tier the model's name and element type only; what decides its numbers is in the
+    configuration of the connector.
+    """
+    return _caller(lambda one: hasattr(one, "_vllm_config") and hasattr(one, "_kv_cache_config"))
 
 
 def _caller(wanted: Callable[[Any], bool]) -> Any | None:
