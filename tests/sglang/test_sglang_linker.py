@@ -164,3 +164,41 @@ def test_a_daemon_that_is_killed_or_hangs_costs_time_only(linked, common, prompt
     assert tokens(alone) == reference
     linked.forget()
     common.start()
+    find_again(linked, prompts[-1:], reference[-1:])
+
+
+def test_answers_under_eviction(linked, common, prompts, reference):
+    common.signal(signal.SIGKILL)
+    # 31 pages of 64 KiB in the host: most of what is asked for has been evicted to disk.
+    common.tiers = f"host:2MiB,disk:{common.folder / 'small'}:16MiB"
+    common.start()
+    find_again(linked, prompts[-1:], reference[-1:])
+    hits = 0
+    for _ in range(3):
+        answers = linked.ask(prompts)
+        assert tokens(answers) == reference
+        hits += sum(cached(answers))
+        wait_saved(common)
+        linked.forget()
+    assert hits > 0
+
+
+def test_pages_of_old_weights_are_never_found_under_new_ones(
+    linked, common, make_llama, tmp_path, prompts, reference
+):
+    """Comes last: an engine with new weights is not served any more."""
+    linked.forget()
+    linked.ask(prompts[:1])
+    wait_saved(common)
+    linked.forget()
+    (warm,) = linked.ask(prompts[:1])
+    assert (warm.tokens, warm.cached) == (reference[0], whole_pages(prompts[0]))
+    linked.update_weights(make_llama(tmp_path / "other", seed=1))
+    before = counters(common)["stored_blocks"]
+    first = linked.ask(prompts[:4])
+    assert cached(first) == [0] * 4
+    assert tokens(first) != reference[:4]
+    linked.forget()
+    again = linked.ask(prompts[:4])
+    assert (tokens(again), cached(again)) == (tokens(first), [0] * 4)
+    assert counters(common)["stored_blocks"] == before
