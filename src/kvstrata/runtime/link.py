@@ -43,6 +43,11 @@ class Link:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
         self._socket.reconnect_ivl = _RECONNECT_MS
+        # Until the daemon's process is known nothing else shows that it took a call and ended: the
+        # socket would connect to the next daemon by itself, which never saw that call.
+        self._broken: zmq.Socket[bytes] | None = self._socket.get_monitor_socket(
+            zmq.EVENT_DISCONNECTED
+        )
         self._socket.connect(self.address)
         self._last_id = 0
         self._answers: dict[int, wire.Answer] = {}
@@ -51,6 +56,7 @@ class Link:
     def watch(self, pid: int) -> None:
         """From now on notice the end of the daemon's process `pid` at once."""
         self._watch = ProcessWatch(pid, start_ticks(pid))
+        self._stop_monitor()
 
     def send(self, call: wire.Call, timeout_s: float) -> int:
         """Send `call` and return its id for `try_receive`.
@@ -126,6 +132,8 @@ class Link:
         poller.register(self._socket, zmq.POLLIN)
         if self._watch and self._watch.fileno() >= 0:
             poller.register(self._watch.fileno(), zmq.POLLIN)
+        if self._broken:
+            poller.register(self._broken, zmq.POLLIN)
         while (answer := self.try_receive(call_id)) is None:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
@@ -137,11 +145,20 @@ class Link:
     def _check_alive(self) -> None:
         if self._watch and self._watch.ended():
             raise DaemonGoneError(f"the daemon (pid {self._watch.pid}) ended")
+        if self._broken and self._broken.poll(0):
+            raise DaemonGoneError(f"the daemon at {self.address} ended before it answered")
+
+    def _stop_monitor(self) -> None:
+        if self._broken:
+            self._socket.disable_monitor()
+            self._broken.close(0)
+            self._broken = None
 
     def close(self) -> None:
         """Close the line; twice is harmless."""
         if self._context.closed:
             return
+        self._stop_monitor()
         self._socket.close()
         self._context.term()
         if self._watch:
