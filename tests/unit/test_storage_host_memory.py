@@ -172,11 +172,16 @@ class TestPrefault:
             assert "smaller host tier" in caught.value.hint
 
     def test_what_is_taken_is_not_available_any_more(self):
-        before = available_memory_bytes()
-        assert 0 < before <= machine_memory_bytes()
-        with taken(256 * MIB, prefault=True) as memory:
-            assert memory.fill()
-            assert before - available_memory_bytes() > 128 * MIB, "others may free some meanwhile"
+        seen = []
+        for _ in range(5):  # others may free some meanwhile, but not each time
+            before = available_memory_bytes()
+            assert 0 < before <= machine_memory_bytes()
+            with taken(256 * MIB, prefault=True) as memory:
+                assert memory.fill()
+                seen.append(before - available_memory_bytes())
+            if seen[-1] > 128 * MIB:
+                return
+        raise AssertionError(f"bytes less of 256 MiB: {seen}")
 
 
 class TestHugePages:
