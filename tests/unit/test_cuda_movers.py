@@ -71,3 +71,32 @@ def test_the_kernel_moves_every_unit_under_the_interpreter():
         check=False,
     )
     assert done.stdout == "moved\n", done.stderr[-3000:]
+
+
+COMPILED = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kvstrata.transfer.cuda.kernel import move_tiles
+
+names = ("ELEMENT", "ELEMENT_BYTES", "ALIGNED_BYTES", "STEP")
+signature = {"table": "*i64", "tiles": "i32"} | dict.fromkeys(names, "constexpr")
+constants = {(2,): tl.int64, (3,): 8, (4,): 16, (5,): 1024}
+source = ASTSource(fn=move_tiles, signature=signature, constexprs=constants)
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"])
+"""
+
+
+def test_the_kernel_compiles_to_accesses_of_sixteen_bytes():
+    pytest.importorskip("triton", reason="no triton installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert "ld.global.v2.b64" in done.stdout, done.stderr[-3000:]
+    assert "st.global.v2.b64" in done.stdout
