@@ -7,6 +7,8 @@ import mmap
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -65,7 +67,7 @@ class HostStreams:
 class Machine:
     """The device, its streams, its movers, and page-locked memory."""
 
-    def __init__(self, *, dry: bool, limit_s: float) -> None:
+    def __init__(self, *, dry: bool, limit_s: float, without: Iterable[str] = ()) -> None:
         """Look at the machine; raises ConfigError without a GPU unless `dry`."""
         if not dry and not torch.cuda.is_available():
             raise ConfigError(
@@ -74,13 +76,16 @@ class Machine:
         self.dry = dry
         self.device = "cpu" if dry else "cuda"
         self.name = "dry" if dry else torch.cuda.get_device_name()
-        self.streams: Any = HostStreams() if dry else LibCudart()
+        self.streams: Any = HostStreams() if dry else _cudart()
         self.arena_kind = "bare" if dry else "page-locked"
         self._ends = time.monotonic() + limit_s
         self._locks: list[tuple[PageLock, mmap.mmap]] = []
         self.absent: dict[str, str] = {}
         self.movers: dict[str, RunMover] = {"runs": EachRunMover(self.streams)}
         for name, make in (("batch", self._batch), ("triton", self._triton)):
+            if name in without:
+                self.absent[name] = "left out, as asked"
+                continue
             try:
                 self.movers[name] = make()
             except ConfigError as error:
@@ -158,3 +163,14 @@ class Machine:
 
     def _triton(self) -> RunMover:
         return TritonMover(device=self.device, programs=4 if self.dry else 32)
+
+
+def _cudart() -> LibCudart:
+    """Return the runtime that torch has loaded, else the one beside torch."""
+    try:
+        return LibCudart()
+    except ConfigError:
+        beside = Path(torch.__file__).parents[1] / "nvidia"
+        for found in sorted(beside.glob("**/libcudart.so.*")):
+            return LibCudart(str(found))
+        raise

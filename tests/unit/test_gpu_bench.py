@@ -53,6 +53,29 @@ def test_the_dry_run_goes_through_every_part_and_keeps_nothing(tmp_path):
 
 
 @pytest.mark.transformers
+@pytest.mark.slow
+def test_parts_in_processes_of_their_own_write_one_report(tmp_path):
+    out = tmp_path / "dry.json"
+    chosen = ("--part", "limits", "--part", "exact", "--without", "triton")
+    done = run("--dry-run", "--apart", *chosen, "--json", str(out))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    report = json.loads(out.read_text())
+    assert set(report["parts"]) == {"limits", "exact"}
+    assert report["machine"]["absent_movers"]["triton"] == "left out, as asked"
+
+
+@pytest.mark.transformers
+def test_a_part_that_fails_is_told_and_the_next_one_runs(tmp_path):
+    out = tmp_path / "dry.json"
+    done = run(
+        "--dry-run", "--part", "limits", "--part", "exact", "--limit-s", "0", "--json", str(out)
+    )
+    assert done.returncode == 1
+    assert "failed: limits: not begun" in done.stdout
+    assert set(json.loads(out.read_text())["parts"]) == {"limits", "exact"}
+
+
+@pytest.mark.transformers
 def test_without_a_gpu_it_says_so_and_measures_nothing(tmp_path):
     import torch
 
