@@ -173,12 +173,13 @@ def test_what_a_mover_raises_is_the_tickets_error_and_it_still_ends():
 
 def test_close_gives_all_back_only_when_nothing_is_in_flight():
     streams, engine, copier = world(1)
-    copier.submit(layers(), engine)
+    tickets = [copier.submit(layers(), engine)]
     assert copier.close() == 1
-    copier.submit(layers(), engine)
+    tickets.append(copier.submit(layers(), engine))
     assert copier.close() == 2
     drain(streams)
     assert (copier.close(), copier.close()) == (0, 0)
     assert (streams.events, streams.streams) == (0, 1)  # the engine's
+    assert copier.poll() == tickets
     with pytest.raises(TransferError, match="closed"):
         copier.submit(layers(), engine)

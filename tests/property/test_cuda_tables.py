@@ -13,6 +13,10 @@ from kvstrata.transfer.cuda.tables import RunTable, merge_table, table_of, tile_
 RUNS = st.lists(
     st.builds(Run, st.integers(0, 12), st.integers(0, 40), st.integers(1, 5)), max_size=8
 )
+# Pieces of two bytes side by side at the target; neighbours come from one place, or from anywhere.
+SIDE_BY_SIDE = st.lists(st.integers(0, 3), min_size=2, max_size=8).map(
+    lambda sources: [Run(2 * source, 2 * at, 2) for at, source in enumerate(sources)]
+)
 
 
 def runs_of(table):
@@ -20,7 +24,7 @@ def runs_of(table):
     return [Run(*row) for row in zip(*columns, strict=True)]
 
 
-@given(RUNS)
+@given(RUNS | SIDE_BY_SIDE)
 def test_a_table_is_merged_or_refused_as_its_runs_are(runs):
     try:
         expected = merge_runs(runs)
@@ -49,7 +53,7 @@ def test_tiles_of_no_bytes_are_refused():
         tile_table(table_of([]), 0)
 
 
-@given(RUNS, st.sampled_from([1, 2, 4, 8, 16, 32]))
+@given(st.lists(st.builds(Run, *[st.integers(1, 64)] * 3), min_size=1), st.sampled_from([1, 2, 16]))
 def test_the_unit_divides_all_and_twice_of_it_does_not(runs, scale):
     table = table_of(runs)
     table = RunTable(table.sources * scale, table.targets * scale, table.lengths * scale)
@@ -57,3 +61,8 @@ def test_the_unit_divides_all_and_twice_of_it_does_not(runs, scale):
     numbers = np.concatenate((table.sources, table.targets, table.lengths))
     assert not np.any(numbers % unit)
     assert unit == 16 or np.any(numbers % (2 * unit))
+
+
+@pytest.mark.parametrize("run", [Run(8, 16, 16), Run(16, 8, 16), Run(16, 16, 8)])
+def test_each_number_of_a_run_limits_the_unit(run):
+    assert unit_bytes(table_of([Run(32, 32, 32), run])) == 8

@@ -134,20 +134,17 @@ class RunCopier:
         """Give the stream back and return 0; if copies are in flight return how many, do nothing.
 
         Twice is harmless. Memory that copies in flight touch must stay: poll, and close again.
+        `poll` still returns the tickets that ended and were not yet asked for.
         """
-        self._flying = [ticket for ticket in self._flying if not self._end(ticket)]
-        if not self._closed and not self._flying:
-            self._closed = True
-            self._streams.event_destroy(self._start)
-            self._streams.stream_destroy(self._stream)
-        return len(self._flying)
-
-    @staticmethod
-    def _end(ticket: Ticket) -> bool:
-        ended = ticket.ended()
-        if ended:
+        busy = sum(not ticket.ended() for ticket in self._flying)
+        if busy or self._closed:
+            return busy
+        self._closed = True
+        for ticket in self._flying:
             ticket.give_back()
-        return ended
+        self._streams.event_destroy(self._start)
+        self._streams.stream_destroy(self._stream)
+        return 0
 
     def _move(self, runs: RunTable) -> int:
         try:
