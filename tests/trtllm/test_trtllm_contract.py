@@ -137,7 +137,7 @@ class Script:
 
 
 class TestV1(EngineConnectorContract):
-    """One pool. An offer is taken whole; the halves share a process, so a report is there at once."""
+    """One pool. An offer is taken whole; the halves share a process, so reports are at hand."""
 
     capabilities = CAPABILITIES - {"declines", "carried_reports"}
 
