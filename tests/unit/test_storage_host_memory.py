@@ -491,3 +491,14 @@ class TestServe:
         assert time.monotonic() - began < 2
         assert " serves " not in rest, "it was ready before it could be stopped"
         assert not list(run_directory.rglob("*.*"))
+
+
+def test_a_kernel_that_cannot_populate_takes_pages_in_another_way(monkeypatch):
+    """Linux before 5.14 does not know the advice, as no system knows this one."""
+    monkeypatch.setattr(hostmemory, "_POPULATE_WRITE", 99)
+    memory = HostMemory.take(4 * MIB, HostMemoryConfig(prefault=True))
+    try:
+        assert memory.fill()
+        assert os.fstat(memory.descriptor).st_blocks * 512 == 4 * MIB
+    finally:
+        memory.close()
