@@ -184,6 +184,39 @@ def test_only_the_same_model_and_salt_find_blocks(
         pass
 
 
+def test_a_reset_while_a_request_runs_ends_all_storing(engine_on, make_llama, prompts, tmp_path):
+    """vLLM could not forget its own blocks then: new requests find them, and it hands them on."""
+    from vllm import SamplingParams
+
+    other = make_llama(tmp_path / "other", seed=1)
+    with tiered(engine_on, {"tiers": "host:32MiB"}) as (engine, tier):
+        core = engine.llm.llm_engine
+        scheduler = core.engine_core.engine_core.scheduler
+
+        def add(name, tokens, **transfer):
+            extra = {"kv_transfer_params": transfer}
+            sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, extra_args=extra)
+            core.add_request(name, {"prompt_token_ids": prompts[2]}, sampling)
+
+        add("long", 100, max_offload_tokens=0)  # else vLLM's CPU tier has them from it
+        while not scheduler.running:
+            core.step()
+        core.step()
+        assert not engine.llm.reset_prefix_cache(reset_connector=True)
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        before = tier.statistics()["stored"]
+        add("short", 8)
+        cached = 0
+        while core.has_unfinished_requests():
+            cached = max([cached, *(each.num_cached_tokens or 0 for each in core.step())])
+        assert cached >= CHUNK_TOKENS, "of the weights that were"
+        tier._keeper.drain()
+        assert tier.statistics()["stored"] == before
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        engine.ask(prompts)
+        wait_stored(tier, before + chunks(prompts))
+
+
 def test_vllm_goes_on_when_the_thread_fails(engine_on, prompts, reference):
     with tiered(engine_on, {"tiers": "host:32MiB"}) as (engine, tier):
         keeper = tier._keeper
@@ -203,6 +236,8 @@ def test_vllm_goes_on_when_the_thread_fails(engine_on, prompts, reference):
         ("lora_config", object(), "LoRA"),
         ("weight_transfer_config", object(), "weight_transfer_config"),
         ("model_config.is_multimodal_model", True, "images"),
+        ("model_config.enable_prompt_embeds", True, "prompt_embeds"),
+        ("model_config.runner_type", "pooling", "pooling"),
         ("model_config.enable_sleep_mode", True, "sleep_mode"),
         ("cache_config.prefix_caching_hash_algo", "xxhash", "xxhash"),
         ("model_config.use_mla", True, "MLA"),
@@ -217,7 +252,11 @@ def test_what_vllms_hash_does_not_say_is_refused(place, value, said):
         lora_config=None,
         weight_transfer_config=None,
         model_config=SimpleNamespace(
-            is_multimodal_model=False, enable_sleep_mode=False, use_mla=False
+            is_multimodal_model=False,
+            enable_prompt_embeds=False,
+            runner_type="generate",
+            enable_sleep_mode=False,
+            use_mla=False,
         ),
         cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256"),
         spec=SimpleNamespace(parallel=SimpleNamespace(world_size=1), canonical_layout=False),

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstrata.core.errors import CapacityError, TransferError
-from kvstrata.testing.cuda import FakeCudaStreams
+from kvstrata.testing.cuda import FakeCudaBindings, FakeCudaStreams
 from kvstrata.transfer.cuda.copier import RunCopier
+from kvstrata.transfer.cuda.movers import BatchMover
 from kvstrata.transfer.cuda.runs import Run
 
 LAYERS, LAYER_BYTES = 3, 4
@@ -18,9 +19,10 @@ SIDE = LAYERS * LAYER_BYTES
 OLD, NEW, LATER = b"\x01" * SIDE, b"\x02" * SIDE, b"\x03" * SIDE
 
 
-def world(seed):
+def world(seed, *, batched=False):
     streams = FakeCudaStreams(bytearray(OLD + OLD), Random(seed))
-    return streams, streams.stream_create(), RunCopier(streams, tickets_max=2)
+    mover = BatchMover(FakeCudaBindings(streams, Random(seed))) if batched else None
+    return streams, streams.stream_create(), RunCopier(streams, tickets_max=2, mover=mover)
 
 
 def layers():
@@ -40,9 +42,9 @@ def drain(streams):
         pass
 
 
-def save(seed, *, waits):
+def save(seed, *, waits, batched=False):
     """The engine writes a source, saves it, and writes over it layer by layer."""
-    streams, engine, copier = world(seed)
+    streams, engine, copier = world(seed, batched=batched)
     write(streams, engine, 0, NEW)
     ticket = copier.submit(layers(), engine)
     for layer in range(LAYERS):
@@ -55,9 +57,9 @@ def save(seed, *, waits):
     return bytes(streams.memory[SIDE:])
 
 
-def load(seed, *, waits):
+def load(seed, *, waits, batched=False):
     """The engine reads its pages, loads others into them, and reads each layer again."""
-    streams, engine, copier = world(seed)
+    streams, engine, copier = world(seed, batched=batched)
     streams.memory[:SIDE] = NEW
     seen = []
     streams.launch(engine, lambda: seen.append(bytes(streams.memory[SIDE:])))
@@ -73,14 +75,14 @@ def load(seed, *, waits):
     return seen[0], b"".join(seen[1:])
 
 
-@given(st.integers())
-def test_a_source_is_read_after_it_was_written_and_before_it_is_written_over(seed):
-    assert save(seed, waits=True) == NEW
+@given(st.integers(), st.booleans())
+def test_a_source_is_read_after_it_was_written_and_before_it_is_written_over(seed, batched):
+    assert save(seed, waits=True, batched=batched) == NEW
 
 
-@given(st.integers())
-def test_a_target_is_written_after_it_was_read_and_read_after_it_was_written(seed):
-    assert load(seed, waits=True) == (OLD, NEW)
+@given(st.integers(), st.booleans())
+def test_a_target_is_written_after_it_was_read_and_read_after_it_was_written(seed, batched):
+    assert load(seed, waits=True, batched=batched) == (OLD, NEW)
 
 
 def test_without_the_waits_the_fake_shows_the_hazards():
@@ -143,3 +145,41 @@ def test_a_copy_whose_end_cannot_be_told_never_ends():
         copier.submit(layers(), engine)
     drain(streams)
     assert copier.poll() == []
+
+
+def test_a_batch_is_one_call_a_layer_and_its_refusal_is_told():
+    streams = FakeCudaStreams(bytearray(OLD + OLD), Random(1))
+    bindings = FakeCudaBindings(streams, Random(1))
+    copier = RunCopier(streams, tickets_max=2, mover=BatchMover(bindings))
+    engine = streams.stream_create()
+    assert copier.submit(layers(), engine).error is None
+    assert bindings.calls == LAYERS
+    outside = copier.submit([[Run(0, 2 * SIDE, 1)]], engine)
+    assert "cudaErrorInvalidValue" in str(outside.error)
+
+
+def test_what_a_mover_raises_is_the_tickets_error_and_it_still_ends():
+    class Broken:
+        def move(self, _table, _stream):
+            raise RuntimeError("no such device")
+
+    streams = FakeCudaStreams(bytearray(OLD + OLD), Random(1))
+    copier = RunCopier(streams, tickets_max=2, mover=Broken())
+    ticket = copier.submit(layers(), streams.stream_create())
+    assert "cudaErrorUnknown" in str(ticket.error)
+    drain(streams)
+    assert copier.poll() == [ticket]
+
+
+def test_close_gives_all_back_only_when_nothing_is_in_flight():
+    streams, engine, copier = world(1)
+    tickets = [copier.submit(layers(), engine)]
+    assert copier.close() == 1
+    tickets.append(copier.submit(layers(), engine))
+    assert copier.close() == 2
+    drain(streams)
+    assert (copier.close(), copier.close()) == (0, 0)
+    assert (streams.events, streams.streams) == (0, 1)  # the engine's
+    assert copier.poll() == tickets
+    with pytest.raises(TransferError, match="closed"):
+        copier.submit(layers(), engine)

@@ -172,11 +172,16 @@ class TestPrefault:
             assert "smaller host tier" in caught.value.hint
 
     def test_what_is_taken_is_not_available_any_more(self):
-        before = available_memory_bytes()
-        assert 0 < before <= machine_memory_bytes()
-        with taken(256 * MIB, prefault=True) as memory:
-            assert memory.fill()
-            assert before - available_memory_bytes() > 128 * MIB, "others may free some meanwhile"
+        seen = []
+        for _ in range(5):  # others may free some meanwhile, but not each time
+            before = available_memory_bytes()
+            assert 0 < before <= machine_memory_bytes()
+            with taken(256 * MIB, prefault=True) as memory:
+                assert memory.fill()
+                seen.append(before - available_memory_bytes())
+            if seen[-1] > 128 * MIB:
+                return
+        raise AssertionError(f"bytes less of 256 MiB: {seen}")
 
 
 class TestHugePages:
@@ -486,3 +491,14 @@ class TestServe:
         assert time.monotonic() - began < 2
         assert " serves " not in rest, "it was ready before it could be stopped"
         assert not list(run_directory.rglob("*.*"))
+
+
+def test_a_kernel_that_cannot_populate_takes_pages_in_another_way(monkeypatch):
+    """Linux before 5.14 does not know the advice, as no system knows this one."""
+    monkeypatch.setattr(hostmemory, "_POPULATE_WRITE", 99)
+    memory = HostMemory.take(4 * MIB, HostMemoryConfig(prefault=True))
+    try:
+        assert memory.fill()
+        assert os.fstat(memory.descriptor).st_blocks * 512 == 4 * MIB
+    finally:
+        memory.close()

@@ -6,6 +6,7 @@ closes the link and says hello again rather than guess (`runtime.session` does).
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import TypeVar
@@ -29,16 +30,21 @@ AnswerT = TypeVar("AnswerT", bound=wire.Answer)
 
 _RECONNECT_MS = 50
 _CALLS_MAX = 64  # out at once, far below what ZeroMQ queues
+_DESCRIPTORS = 24  # more than a context, a socket and the watch of a process take
 
 
 class Link:
     """A DEALER socket to one daemon."""
 
     def __init__(self, address: str) -> None:
-        """Connect; that there is a daemon shows only when it answers."""
+        """Connect; that there is a daemon shows only when it answers.
+
+        Raises DaemonGoneError if this process has too few descriptors left for it.
+        """
         self.address = check_address(address)
         self.session = 0
         self._watch: ProcessWatch | None = None
+        _check_descriptors(self.address)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
@@ -163,6 +169,21 @@ class Link:
         self._context.term()
         if self._watch:
             self._watch.close()
+
+
+def _check_descriptors(address: str) -> None:
+    """Raise DaemonGoneError unless there is room: ZeroMQ ends its process where it gets none."""
+    taken: list[int] = []
+    try:
+        for _ in range(_DESCRIPTORS):
+            taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))  # noqa: PERF401  # freed below
+    except OSError as error:
+        raise DaemonGoneError(
+            f"no descriptors left to reach {address}: {error.strerror}"
+        ) from error
+    finally:
+        for each in taken:
+            os.close(each)
 
 
 def expect(answer: wire.Answer, kind: type[AnswerT]) -> AnswerT:

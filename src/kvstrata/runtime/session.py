@@ -108,7 +108,7 @@ class Session:
             return False
         try:
             return self._try_up()
-        except (DaemonError, ConfigError) as error:
+        except (DaemonError, ConfigError, OSError) as error:  # the last: no descriptor is left
             self._drop(str(error), quiet=True)
             return False
 

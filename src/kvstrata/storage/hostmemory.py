@@ -8,6 +8,7 @@ Owner: one thread, which calls `fill` before it serves anybody.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Callable
@@ -130,9 +131,7 @@ class HostMemory:
         if left is not None and self.length_bytes - start > left:
             raise _out_of_memory(start, self.length_bytes, f"{left} bytes are available")
         try:
-            if self.transparent_huge:
-                mapping.madvise(_POPULATE_WRITE, start, size)  # fallocate would take small pages
-            else:
+            if not (self.transparent_huge and _populate(mapping, start, size)):
                 os.posix_fallocate(self.descriptor, start, size)
         except OSError as error:
             raise _out_of_memory(start, self.length_bytes, str(error.strerror)) from error
@@ -150,6 +149,17 @@ class HostMemory:
         if self._config.numa_node is not None:
             with mmap.mmap(self.descriptor, self.length_bytes) as mapping:
                 numa.bind(mapping, self._config.numa_node)
+
+
+def _populate(mapping: mmap.mmap, start: int, size: int) -> bool:
+    """Take pages as they are mapped, huge ones where there are; False before Linux 5.14."""
+    try:
+        mapping.madvise(_POPULATE_WRITE, start, size)  # fallocate would take small pages
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    return True
 
 
 def advise_huge(mapping: mmap.mmap) -> None:

@@ -7,9 +7,14 @@ from random import Random
 
 from kvstrata.transfer.cuda.runtime import ALREADY_REGISTERED
 
-__all__ = ["FakeCudaRuntime", "FakeCudaStreams"]
+__all__ = ["FakeCudaBindings", "FakeCudaRuntime", "FakeCudaStreams"]
 
-_NAMES = {1: "cudaErrorInvalidValue", 2: "cudaErrorMemoryAllocation", 712: "AlreadyRegistered"}
+_NAMES = {
+    1: "cudaErrorInvalidValue",
+    2: "cudaErrorMemoryAllocation",
+    712: "AlreadyRegistered",
+    999: "cudaErrorUnknown",
+}
 _NOT_REGISTERED = 713
 
 
@@ -62,11 +67,23 @@ class FakeCudaStreams:
         self._recorded: dict[int, int] = {}
         self._happened: dict[int, int] = {}
         self._events = 0
+        self._destroyed: set[int] = set()
 
     def stream_create(self) -> int:
         """Return a new stream."""
         self._queues.append([])
         return len(self._queues) - 1
+
+    def stream_destroy(self, stream: int) -> None:
+        """Take no more for a stream; KeyError if that was done before."""
+        if stream in self._destroyed:
+            raise KeyError(stream)
+        self._destroyed.add(stream)
+
+    @property
+    def streams(self) -> int:
+        """How many streams were not given back."""
+        return len(self._queues) - len(self._destroyed)
 
     def event_create(self) -> int:
         """Return a new event."""
@@ -137,3 +154,54 @@ class FakeCudaStreams:
 
     def _blocked(self, head: tuple[str, int, int] | Callable[[], None]) -> bool:
         return isinstance(head, tuple) and head[0] == "wait" and self._happened[head[1]] < head[2]
+
+
+class FakeCudaBindings:
+    """The part of `cuda.bindings.runtime` that batches need, over fake streams.
+
+    As the real one it keeps no order within a batch, and refuses a batch whose arrays disagree.
+    """
+
+    class cudaMemcpySrcAccessOrder:  # noqa: N801
+        """Names of the real one."""
+
+        cudaMemcpySrcAccessOrderStream = 1  # noqa: N815
+
+    class cudaMemcpyFlags:  # noqa: N801
+        """Names of the real one."""
+
+        cudaMemcpyFlagPreferOverlapWithCompute = 1  # noqa: N815
+
+    class cudaMemcpyAttributes:  # noqa: N801
+        """Names of the real one; unset fields are refused."""
+
+        srcAccessOrder = 0  # noqa: N815
+        flags = 0
+
+    def __init__(self, streams: FakeCudaStreams, random: Random) -> None:
+        """Copies go to `streams`, in an order by `random`."""
+        self._streams = streams
+        self._random = random
+        self.calls = 0
+
+    def cudaMemcpyBatchAsync(  # noqa: N802, PLR0913, PLR0917
+        self,
+        targets: list[int],
+        sources: list[int],
+        lengths: list[int],
+        count: int,
+        attributes: list[FakeCudaBindings.cudaMemcpyAttributes],
+        firsts: list[int],
+        attributes_count: int,
+        stream: int,
+    ) -> tuple[int]:
+        """Queue every copy."""
+        self.calls += 1
+        agree = len(targets) == len(sources) == len(lengths) == count > 0
+        in_order = all(one.srcAccessOrder == 1 for one in attributes)
+        if not (agree and in_order and firsts == [0] and len(attributes) == attributes_count == 1):
+            return (1,)
+        rows = list(zip(targets, sources, lengths, strict=True))
+        self._random.shuffle(rows)
+        codes = [self._streams.copy(*row, stream) for row in rows]
+        return (max(codes),)

@@ -33,6 +33,8 @@ def check_linkable(arguments: Any, params: Any, components: Iterable[Any]) -> No
         odd["components"] = kinds
     if (mode := getattr(arguments, "disaggregation_mode", "null")) not in {"null", None}:
         odd["disaggregation_mode"] = mode
+    if algorithm := getattr(arguments, "dllm_algorithm", None):  # what follows changes a block's KV
+        odd["dllm_algorithm"] = algorithm
     for name in ("mtp_draft_device_pools", "sidecar_draft_device_pools", "is_eagle"):
         if getattr(params, name, None):
             odd[name] = "set"

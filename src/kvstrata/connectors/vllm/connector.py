@@ -27,7 +27,7 @@ from kvstrata.connectors.vllm.identity import vllm_namespace
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
 from kvstrata.connectors.vllm.metrics import ConnectorMetrics, ConnectorStats
 from kvstrata.connectors.vllm.releases import hit_sources
-from kvstrata.connectors.vllm.runner import calling_connector, calling_runner
+from kvstrata.connectors.vllm.runner import calling_connector, calling_runner, pages_are_free
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import read_settings
 from kvstrata.connectors.vllm.weights import WeightsWatch
@@ -189,16 +189,8 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
 
         vLLM calls it even where it could not forget its own, because a request has some of them.
         """
-        return self._scheduler.clear(clean=self._pages_are_free()) if self._scheduler else None
-
-    def _pages_are_free(self) -> bool:
-        """Return whether no request has a page, so that vLLM has forgotten what is in them."""
-        if self._kv_cache_manager is None:
-            return False
-        managers = self._kv_cache_manager.coordinator.single_type_managers
-        pools = {id(each.block_pool): each.block_pool for each in managers}.values()
-        # The null page is never free.
-        return all(pool.num_gpu_blocks - pool.get_num_free_blocks() == 1 for pool in pools)
+        clean = pages_are_free(self._kv_cache_manager)
+        return self._scheduler.clear(clean=clean) if self._scheduler else None
 
     # -- statistics: from the scheduler half, to wherever vLLM logs them and serves /metrics -------
 

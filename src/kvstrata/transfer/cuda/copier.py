@@ -11,13 +11,18 @@ Whoever uses a layer's target, or writes over its source, first calls `Ticket.wa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from kvstrata.core.errors import CapacityError, TransferError
-from kvstrata.transfer.cuda.runs import Run, merge_runs
-from kvstrata.transfer.cuda.runtime import CudaStreams
+from kvstrata.transfer.cuda.movers import EachRunMover, RunMover
+from kvstrata.transfer.cuda.runs import Run
+from kvstrata.transfer.cuda.runtime import UNKNOWN, CudaStreams
+from kvstrata.transfer.cuda.tables import RunTable, merge_table, table_of
 
 __all__ = ["RunCopier", "Ticket"]
+
+logger = logging.getLogger(__name__)
 
 
 class Ticket:
@@ -74,30 +79,39 @@ class Ticket:
 
 
 class RunCopier:
-    """One copy a contiguous run; one instance for each direction, so that both run at once."""
+    """Moves contiguous runs; one instance for each direction, so that both run at once."""
 
-    def __init__(self, streams: CudaStreams, *, tickets_max: int) -> None:
-        """Make the stream; at most `tickets_max` submits are in flight."""
+    def __init__(
+        self, streams: CudaStreams, *, tickets_max: int, mover: RunMover | None = None
+    ) -> None:
+        """Make the stream; at most `tickets_max` submits are in flight. Default: a copy a run."""
         self._streams = streams
+        self._mover = mover or EachRunMover(streams)
+        self._closed = False
         self._stream = streams.stream_create()
         self._start = streams.event_create()
         self._tickets_max = tickets_max
         self._flying: list[Ticket] = []
 
-    def submit(self, layers: Sequence[Sequence[Run]], engine_stream: int) -> Ticket:
+    def submit(self, layers: Sequence[Sequence[Run] | RunTable], engine_stream: int) -> Ticket:
         """Copy the runs of each layer, in order, after what `engine_stream` was given so far.
 
-        Raises CapacityError with too many in flight, ValueError for runs that overlap; nothing
-        was given to the device then. If the device refuses later, the ticket has the error.
+        Raises CapacityError with too many in flight, ValueError for runs that overlap,
+        TransferError after `close`; nothing was given to the device then. If the device refuses
+        later, the ticket has the error.
         """
+        if self._closed:
+            raise TransferError("this copier is closed", retryable=False)
         if len(self._flying) >= self._tickets_max:
             raise CapacityError("too many copies in flight", requested=1, available=0)
-        merged = [merge_runs(runs) for runs in layers]
+        merged = [
+            merge_table(runs if isinstance(runs, RunTable) else table_of(runs)) for runs in layers
+        ]
         ticket = Ticket(self._streams, len(merged))
         code = self._streams.event_record(self._start, engine_stream)
         code = code or self._streams.stream_wait(self._stream, self._start)
         for runs in merged:
-            code = code or self._copy(runs) or ticket.record_layer(self._stream)
+            code = code or self._move(runs) or ticket.record_layer(self._stream)
         if code:
             name = self._streams.describe(code)
             ticket.error = TransferError(f"CUDA refused a copy ({name})", retryable=False)
@@ -116,8 +130,25 @@ class RunCopier:
             ticket.give_back()
         return ended
 
-    def _copy(self, runs: Sequence[Run]) -> int:
-        for run in runs:
-            if code := self._streams.copy(run.target, run.source, run.length_bytes, self._stream):
-                return code
+    def close(self) -> int:
+        """Give the stream back and return 0; if copies are in flight return how many, do nothing.
+
+        Twice is harmless. Memory that copies in flight touch must stay: poll, and close again.
+        `poll` still returns the tickets that ended and were not yet asked for.
+        """
+        busy = sum(not ticket.ended() for ticket in self._flying)
+        if busy or self._closed:
+            return busy
+        self._closed = True
+        for ticket in self._flying:
+            ticket.give_back()
+        self._streams.event_destroy(self._start)
+        self._streams.stream_destroy(self._stream)
         return 0
+
+    def _move(self, runs: RunTable) -> int:
+        try:
+            return self._mover.move(runs, self._stream)
+        except Exception:  # a mover's library; some runs may be under way, and the end is told
+            logger.exception("a device copy failed")
+            return UNKNOWN

@@ -43,6 +43,10 @@ class LibCudart:
         self._check(self._call.cudaStreamCreateWithFlags(ctypes.byref(made), _NON_BLOCKING))
         return made.value or 0
 
+    def stream_destroy(self, stream: int) -> None:
+        """See `CudaStreams`; TransferError if refused."""
+        self._check(self._call.cudaStreamDestroy(ctypes.c_void_p(stream)))
+
     def event_create(self) -> int:
         """See `CudaStreams`; TransferError if refused."""
         made = ctypes.c_void_p()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Final, Protocol
 
-__all__ = ["ALREADY_REGISTERED", "CudaRuntime", "CudaStreams"]
+__all__ = ["ALREADY_REGISTERED", "UNKNOWN", "CudaRuntime", "CudaStreams"]
 
 ALREADY_REGISTERED: Final = 712
 """`cudaErrorHostMemoryAlreadyRegistered`."""
+
+UNKNOWN: Final = 999
+"""`cudaErrorUnknown`: also what a library beside CUDA could not do."""
 
 
 class CudaRuntime(Protocol):
@@ -31,6 +34,10 @@ class CudaStreams(Protocol):
 
     def stream_create(self) -> int:
         """Return a new stream that does not wait for the default stream."""
+        ...
+
+    def stream_destroy(self, stream: int) -> None:
+        """Give a stream back; what it was given is still done."""
         ...
 
     def event_create(self) -> int:

@@ -46,6 +46,10 @@ def refuse_unknown(config: VllmConfig, spec: OffloadingSpec) -> None:
     odd = {
         "LoRA, of which vLLM's hash has the name and path only": config.lora_config is not None,
         "a model of images or sound, which a client may name": model.is_multimodal_model,
+        "enable_prompt_embeds, of which vLLM's hash does not say where they stand for tokens": (
+            model.enable_prompt_embeds
+        ),
+        "a pooling model, whose parameters the hash leaves out": model.runner_type == "pooling",
         "enable_sleep_mode, which may change the weights": model.enable_sleep_mode,
         "weight_transfer_config, which changes the weights": config.weight_transfer_config,
         f"prefix_caching_hash_algo {algorithm}": algorithm not in _HASHES,

@@ -27,6 +27,8 @@ __all__ = ["Answered", "Ended", "Keeper", "KeeperCounters", "Load", "Question", 
 log = logging.getLogger("kvstrata.vllm")
 
 _POLL_S: Final = 0.002
+_LATE_S: Final = 1.0
+"""A question that waited so long past its time is answered without a call."""
 _WORK_MAX: Final = 4096
 """Items in each queue."""
 _EVENTS_MAX: Final = 65536
@@ -148,6 +150,7 @@ class Keeper:
         self._releases: list[str] = []
         self._forgets: list[tuple[str, LineageDigest]] = []
         self._at_hand: deque[_Work] = deque()  # taken from the queues, not ended
+        self._asks_again = False  # some question was put back in this round
         self._busy = 0  # loads and stores handed in and not ended
         self._answers: deque[Answered] = deque(maxlen=_EVENTS_MAX)
         self._ended: deque[Ended] = deque()  # as many as vLLM has jobs
@@ -274,6 +277,7 @@ class Keeper:
             while self._at_hand:
                 self._do(self._at_hand[0])
                 self._at_hand.popleft()
+            self._rest()
             if not (work or releases or forgets):
                 return
 
@@ -295,6 +299,13 @@ class Keeper:
                 if work or releases or forgets or self._closing:
                     return work, releases, forgets
                 self._lock.wait()
+
+    def _rest(self) -> None:
+        """Wait a little if all that is left are questions that wait for the daemon's disk."""
+        with self._lock:
+            if self._asks_again and not (self._loads or self._stores or self._closing):
+                self._lock.wait(_POLL_S)
+        self._asks_again = False
 
     def _do(self, work: _Work) -> None:
         began = time.monotonic()
@@ -326,6 +337,9 @@ class Keeper:
         epoch = self._daemon.epoch()
         if epoch is None:
             return 0
+        if time.monotonic() >= question.until + _LATE_S:  # others had their turn before it
+            self.counters.late += 1
+            return 0
         hashes = wire.join_hashes(epoch.hashes(question.mark, question.digests))
         found = self._daemon.call(wire.Lookup(question.name, hashes), wire.Found)
         if found is None:
@@ -337,7 +351,7 @@ class Keeper:
             return found.ready
         with self._lock:
             self._questions.append(question)
-            self._lock.wait(_POLL_S)
+        self._asks_again = True
         return None
 
     def _load(self, load: Load) -> int:
@@ -345,15 +359,16 @@ class Keeper:
         epoch = self._daemon.epoch()
         if epoch is None:
             return 0
+        if time.monotonic() >= load.until:
+            self.counters.late += 1
+            return 0
         name = f"load {next(self._names)}"
         hashes = wire.join_hashes(epoch.hashes(load.mark, load.digests))
-        if self._daemon.call(wire.Lookup(name, hashes), wire.Found) is None:
-            return 0
-        acquired = self._daemon.call(wire.Acquire(name, hashes), wire.Acquired)
-        if acquired is None:
-            return 0
         try:
-            return self._copy_in(epoch, acquired, load)
+            if self._daemon.call(wire.Lookup(name, hashes), wire.Found) is None:
+                return 0
+            acquired = self._daemon.call(wire.Acquire(name, hashes), wire.Acquired)
+            return self._copy_in(epoch, acquired, load) if acquired else 0
         finally:
             self._daemon.call(wire.Release([name]), wire.Done)
 

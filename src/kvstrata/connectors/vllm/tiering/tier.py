@@ -28,7 +28,7 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
-from kvstrata.connectors.vllm.runner import calling_offloader
+from kvstrata.connectors.vllm.runner import calling_offloader, pages_are_free
 from kvstrata.connectors.vllm.settings import ConnectorSettings, read_settings
 from kvstrata.connectors.vllm.tiering.identity import (
     digest_of,
@@ -107,6 +107,7 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
         self._waiting: dict[str, list[OffloadKey]] = {}  # by the question's name
         self._requests: dict[str, _Request] = {}
         self._tainted: set[str] = set()  # requests that computed something before the last reset
+        self._spoiled = False  # vLLM may still find its own blocks from before the last reset
         self._jobs: dict[int, list[OffloadKey]] = {}
         self._refused: list[JobResult] = []
         try:
@@ -122,6 +123,7 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
                 "KvstrataTier was not made by vLLM's OffloadingConnector",
                 hint="name it in secondary_tiers of kv_connector_extra_config",
             )
+        self._offloader: Any = offloader
         config, caches = offloader._vllm_config, offloader._kv_cache_config  # noqa: SLF001
         layout = row_layout(config, caches, spec, self._rows.shape[1])
         refuse_unknown(config, spec)
@@ -215,7 +217,8 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
         context = job_metadata.req_context
         pairs = list(zip(job_metadata.keys, map(int, job_metadata.chunk_ids), strict=True))
         pairs.sort(key=lambda pair: context.get_offload_key_position(pair[0]) or 0)
-        keys = self._begin(job_metadata, pairs, refused=context.req_id in self._tainted)
+        refused = self._spoiled or context.req_id in self._tainted
+        keys = self._begin(job_metadata, pairs, refused=refused)
         if not keys:
             return
         parent = self._parent(keys, context)
@@ -233,11 +236,14 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
     def drain_jobs(self) -> None:
         """Wait until no row is touched any more, and use nothing that was kept before.
 
-        vLLM calls it when it resets its connector, and then only.
+        vLLM calls it when it resets its connector, and then only; also where requests ran and it
+        could not forget its own blocks. New requests find those, so nothing is stored until the
+        next reset.
         """
         self._keeper.drain()
         self._mark = secrets.token_hex(16)
         self._tainted = set(self._requests)
+        self._spoiled = not pages_are_free(self._offloader._kv_cache_manager)  # noqa: SLF001
         self._asked.clear()
         self._to_ask.clear()
         self._waiting.clear()
@@ -247,6 +253,11 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
             request.ends.clear()
         self._keeper.release(holds)
         log.info("kvstrata: vLLM was reset, what it kept in kvstrata before is not used any more")
+        if self._spoiled:
+            log.warning(
+                "kvstrata: requests ran during the reset, so vLLM still has its own blocks; "
+                "nothing is stored until reset_prefix_cache(reset_connector=True) finds it at rest"
+            )
 
     def shutdown(self) -> None:
         """Leave the daemon; raises RuntimeError if a row is still being copied."""
