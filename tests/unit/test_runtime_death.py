@@ -239,3 +239,13 @@ def test_a_daemon_that_ends_between_hello_and_answer_is_not_waited_for(tmp_path,
             session.close()
         finally:
             daemon.signal(signal.SIGKILL)
+
+
+def test_a_session_with_a_daemon_that_ended_is_not_usable(serve, connect, eventually):
+    """SGLang's half makes no call before it has mapped the memory, which a dead daemon has not."""
+    daemon = serve()
+    limits = {"call_timeout_s": 0.3, "retry_interval_s": 0.05}
+    session = connect(address=daemon.address, limits=limits)._session
+    assert session.usable()
+    daemon.signal(signal.SIGKILL)
+    eventually(lambda: not session.usable())

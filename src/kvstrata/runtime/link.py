@@ -70,7 +70,7 @@ class Link:
         Raises DaemonGoneError if the daemon ended: another one may listen there by now, and it
         knows nothing of our session.
         """
-        self._check_alive()
+        self.check_alive()
         self._last_id += 1
         deadline = time.monotonic() + timeout_s
         envelope = wire.Envelope(self._last_id, deadline, self.session, call)
@@ -97,7 +97,7 @@ class Link:
         if call_id in self._answers:
             self._awaited.discard(call_id)
             return self._answers.pop(call_id)
-        self._check_alive()
+        self.check_alive()
         return None
 
     def call(self, call: wire.Call, kind: type[AnswerT], timeout_s: float) -> AnswerT:
@@ -148,7 +148,8 @@ class Link:
             poller.poll(max(1, int(left_s * 1000)))
         return answer
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raise DaemonGoneError if the daemon is known to have ended; never waits."""
         if self._watch and self._watch.ended():
             raise DaemonGoneError(f"the daemon (pid {self._watch.pid}) ended")
         if self._broken and self._broken.poll(0):

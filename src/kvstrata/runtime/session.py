@@ -102,7 +102,12 @@ class Session:
 
     def usable(self) -> bool:
         """Return whether calls can be made now; drive the way back up if not. Never waits."""
-        if self.welcome is not None:
+        if self._link and self.welcome is not None:
+            try:  # whoever only maps its memory makes no call that would notice
+                self._link.check_alive()
+            except DaemonError as error:
+                self.lost(error)
+                return False
             return True
         if self._closed or time.monotonic() < self._retry_at:
             return False
