@@ -231,8 +231,103 @@ def test_questions_of_requests_that_are_gone_make_room(serve, side):
     assert host(daemon)["in_use"] == 64
     mine.leases.ready("r69", chain(1, 1))  # asks for something else
     assert host(daemon)["in_use"] == 64
-    mine.leases.drop_all()
+    mine.leases.end_all()
     assert host(daemon)["in_use"] == 0
+
+
+def test_a_request_that_asks_the_same_again_at_once_costs_no_call(
+    serve, side, eventually, monkeypatch
+):
+    daemon = serve("host:1MiB")
+    mine, calls = side(daemon.address), []
+    digests = chain(1, 6)
+    mine.save(digests[:4])
+    real = Session.call
+    monkeypatch.setattr(Session, "call", lambda *given: calls.append(given[1]) or real(*given))
+    assert [mine.leases.ready("r", digests) for _ in range(50)] == [4] * 50
+    assert [mine.leases.ready("s", chain(2, 3)) for _ in range(50)] == [0] * 50
+    assert len(calls) < 10, "a lookup, and a lookup with a release; a slow machine asks anew"
+    assert mine.leases.ready("r", digests[1:]) == 3, "another question"
+    mine.save(digests[4:])
+    eventually(lambda: mine.leases.ready("r", digests[1:]) == 5)
+    mine.leases.end_all()
+    assert host(daemon)["in_use"] == 0
+
+
+def test_whatever_is_leased_or_found_is_given_back_at_the_end_in_one_call(serve, side, monkeypatch):
+    daemon = serve("host:1MiB")
+    mine, calls = side(daemon.address), []
+    for seed in range(1, 4):
+        mine.save(chain(seed, 3))
+    mine.leases.ready("found", chain(1, 3))
+    leases = [mine.leases.take(f"r{seed}", chain(seed, 3), range(3)) for seed in (2, 3)]
+    assert host(daemon)["in_use"] == 9
+    real = Session.call
+    monkeypatch.setattr(Session, "call", lambda *given: calls.append(given[1]) or real(*given))
+    mine.leases.end_all()
+    assert host(daemon)["in_use"] == 0
+    mine.leases.end(leases)
+    assert len(calls) == 1, "twice is harmless"
+
+
+class TestWhateverHappensInAThreadItGoesOn:
+    """A forward pass waits for a batch, and SGLang's tree for a node: each must hear of its end."""
+
+    @pytest.mark.parametrize("error", [RuntimeError("odd"), SystemExit(1)])
+    def test_a_copy_that_fails_is_told_and_the_next_batch_loads(
+        self, serve, side, monkeypatch, eventually, error
+    ):
+        daemon = serve("host:1MiB")
+        mine = side(daemon.address)
+        digests = chain(1, 3)
+        mine.save(digests)
+
+        def fail(*_):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mine.pages, "write_layer", fail)
+            mine.load(mine.leases.take("r", digests, range(3)), 7)
+        assert mine.counter.error == (7, error)
+        eventually(lambda: host(daemon)["in_use"] == 0)
+        mine.load(mine.leases.take("s", digests, range(3)), 8)
+        assert mine.right(digests, range(3))
+
+    def test_a_counter_that_takes_no_word_does_not_end_the_thread(self, serve, side, monkeypatch):
+        mine = side(serve("host:1MiB").address)
+        digests = chain(1, 3)
+        mine.save(digests)
+
+        def fail(*_):
+            raise SystemExit(1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mine.counter, "complete", fail)
+            patch.setattr(mine.counter, "fail", fail)
+            mine.load(mine.leases.take("r", digests, range(3)))
+        mine.load(mine.leases.take("s", digests, range(10, 13)))
+        assert mine.right(digests, range(10, 13))
+
+    @pytest.mark.parametrize("error", [RuntimeError("odd"), SystemExit(1)])
+    def test_a_save_that_fails_has_a_result(self, serve, side, monkeypatch, eventually, error):
+        daemon = serve("host:1MiB")
+        mine = side(daemon.address)
+        pages = device()
+        saves = NodeSaves(mine.kept, pages, lambda: True)
+
+        def fail(*_):
+            raise error
+
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(pages, "read", fail)
+                assert saves.begin(NodeSave(chain(1, 2), [0, 1], []))
+                eventually(lambda: list(saves.results) == [False])
+            assert saves.begin(NodeSave(chain(2, 2), [2, 3], []))
+            eventually(lambda: list(saves.results) == [False, True])
+        finally:
+            saves.close()
+        eventually(lambda: host(daemon)["filling"] + host(daemon)["in_use"] == 0)
 
 
 def test_saves_end_in_order_and_those_that_wait_are_dropped_at_a_reset(serve, side):

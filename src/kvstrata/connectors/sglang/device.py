@@ -15,6 +15,8 @@ __all__ = ["check_linkable", "device_geometry", "device_pages"]
 
 _REMEDY: Final = "use the HiCache storage backend, or run without kvstrata"
 _RANKS: Final = ("tp_size", "pp_size", "dp_size", "attn_cp_size", "dcp_size")
+_PAGE_TOKENS_MIN: Final = 16
+"""SGLang's scheduler waits for the question: 2,000 pages of whatever size cost it 2 to 11 ms."""
 _POOL: Final = "MHATokenToKVPool"
 """The very class: a subclass stores other bytes."""
 
@@ -40,6 +42,12 @@ def check_linkable(arguments: Any, params: Any, components: Iterable[Any]) -> No
             odd[name] = "set"
     if odd:
         raise LayoutError(f"kvstrata's linker does not serve an engine with {odd}", hint=_REMEDY)
+    if params.page_size < _PAGE_TOKENS_MIN:
+        raise LayoutError(
+            f"page_size is {params.page_size}: so many pages in a prompt that looking for them "
+            "would hold up SGLang's scheduler",
+            hint=f"set --page-size to {_PAGE_TOKENS_MIN} or more, or {_REMEDY}",
+        )
 
 
 def device_geometry(pool: Any, page_tokens: int) -> PoolGeometry:

@@ -70,16 +70,22 @@ class LayerLoads:
             try:
                 self._load(index, batch)
             except BaseException as error:  # noqa: BLE001  # the forward pass waits for a word
-                log.warning("kvstrata's load failed, SGLang drops its requests: %s", error)
-                self._counter.fail(index, error)
+                self._fail(index, error)
             try:
-                for lease in batch:
-                    self._leases.end(lease)
-            except Exception:  # the thread must live: SGLang waits for its later batches
+                self._leases.end(batch)
+            except BaseException:  # the thread must live: SGLang waits for its later batches
                 log.exception("kvstrata could not give slots back")
             finally:
                 self._batches.task_done()
         self._batches.task_done()
+
+    def _fail(self, index: int, error: BaseException) -> None:
+        """Give the forward pass its word first; nothing that goes wrong here ends the thread."""
+        try:
+            self._counter.fail(index, error)
+            log.warning("kvstrata's load failed, SGLang drops its requests: %s", error)
+        except BaseException:
+            log.exception("kvstrata could not tell SGLang that a load failed")
 
     def _load(self, index: int, batch: list[Lease]) -> None:
         bridged = any(lease.mapped.bridge for lease in batch)
@@ -156,7 +162,7 @@ class NodeSaves:
             kept = False
             try:
                 kept = self._save(node)
-            except Exception:
+            except BaseException:  # the thread must live: SGLang keeps the node's pages till then
                 log.exception("kvstrata could not save pages")
             finally:
                 self.results.append(kept)

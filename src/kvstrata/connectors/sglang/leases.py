@@ -27,6 +27,8 @@ from kvstrata.tokens import sequence_hashes
 __all__ = ["Lease", "LeaseCounters", "Leases"]
 
 _ASKED_MAX: Final = 64
+_FRESH_S: Final = 0.1
+"""SGLang asks for every request that waits, in every step: so long the last answer will do."""
 
 
 @dataclass(slots=True)
@@ -73,6 +75,9 @@ class _Asked:
     name: str
     digests: list[LineageDigest]
     epoch: int
+    ready: int
+    held: bool  # by the daemon, under the name
+    at: float
 
 
 class Leases:
@@ -87,17 +92,21 @@ class Leases:
         self._wait_s = wait_s
         self._asked: OrderedDict[str, _Asked] = OrderedDict()
         self._names = (f"link-{number}" for number in itertools.count(1))
+        self._open: dict[str, Lease] = {}  # every step on it is atomic under the interpreter's lock
         self.counters = LeaseCounters()
 
     def ready(self, request: str, digests: Sequence[LineageDigest]) -> int:
         """Return how many leading pages lie in the host; they are held for a while.
 
-        Those behind them that lie below are on their way up when this returns.
+        Those behind them that lie below are on their way up when this returns. A request that asks
+        the same again within a moment hears the same: the load is what decides.
         """
         if not digests:
             return 0
         asked = self._asked.get(request)
         again = asked is not None and asked.digests == digests
+        if asked and again and time.monotonic() - asked.at < _FRESH_S:
+            return asked.ready
         if asked and not again:
             self.drop(request)
         name = asked.name if asked and again else next(self._names)
@@ -108,8 +117,10 @@ class Leases:
             return 0
         if found.pending:
             self.counters.left_below += 0 if again else 1
-        if found.ready or found.pending:  # without a hold, staging would have no one to stage for
-            self._remember(request, _Asked(name, list(digests), mapped.epoch))
+        # Without a hold, staging would have no one to stage for.
+        held = bool(found.ready or found.pending)
+        now = time.monotonic()
+        self._remember(request, _Asked(name, list(digests), mapped.epoch, found.ready, held, now))
         return found.ready
 
     def take(
@@ -127,26 +138,32 @@ class Leases:
                     generations = np.array(found.generations, np.uint64)
                     lease = Lease(name, mapped, found.slots, generations, list(pages))
         if lease and lease.intact():
+            self._open[lease.name] = lease
             self.counters.leased += len(digests)
             return lease
         if mapped:
-            self._release([name], mapped.epoch)
+            self._release([(name, mapped.epoch)])
         self.counters.refused += len(digests)
         return None
 
-    def end(self, lease: Lease) -> None:
-        """Give the slots back: their copy has ended, or will not begin."""
-        self._release([lease.name], lease.mapped.epoch)
+    def end(self, leases: Sequence[Lease]) -> None:
+        """Give slots back: their copy has ended, or will not begin; twice is harmless."""
+        ended = [each for each in leases if self._open.pop(each.name, None)]
+        self._release([(each.name, each.mapped.epoch) for each in ended])
 
     def drop(self, request: str) -> None:
         """Give up what was found for a request and not leased."""
-        if asked := self._asked.pop(request, None):
-            self._release([asked.name], asked.epoch)
+        asked = self._asked.pop(request, None)
+        if asked and asked.held:
+            self._release([(asked.name, asked.epoch)])
 
-    def drop_all(self) -> None:
-        """Give up everything that was found and not leased."""
-        for request in list(self._asked):
-            self.drop(request)
+    def end_all(self) -> None:
+        """Give up everything that was found or leased. Nobody may copy any more."""
+        asked, leased = list(self._asked.values()), list(self._open.values())
+        self._asked.clear()
+        self._open.clear()
+        names = [(each.name, each.epoch) for each in asked if each.held]
+        self._release(names + [(each.name, each.mapped.epoch) for each in leased])
 
     def statistics(self) -> dict[str, int]:
         """Return the counters by name."""
@@ -173,5 +190,8 @@ class Leases:
         if len(self._asked) > _ASKED_MAX:  # its request is gone, or has asked long ago
             self.drop(next(iter(self._asked)))
 
-    def _release(self, names: list[str], epoch: int) -> None:
-        self._turns.tell(epoch, wire.Release(names), self._until())
+    def _release(self, held: Sequence[tuple[str, int]]) -> None:
+        """Release names, each with its epoch: one message for each epoch."""
+        for epoch in sorted({epoch for _, epoch in held}):
+            names = [name for name, its in held if its == epoch]
+            self._turns.tell(epoch, wire.Release(names), self._until())

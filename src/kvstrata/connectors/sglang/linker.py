@@ -147,7 +147,7 @@ class KvstrataLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is unt
         """Give up a load that has not begun; False if there is none."""
         lease = self._queued.pop(rid, None)
         if lease:
-            self._leases.end(lease)
+            self._leases.end([lease])
         return lease is not None
 
     # -- saving --------------------------------------------------------------------------------
@@ -173,11 +173,10 @@ class KvstrataLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is unt
 
     def reset(self) -> None:
         """Touch no page of the device any more; what the tiers keep stays."""
-        for rid in list(self._queued):
-            self.cancel_queued_load(rid)
-        self._leases.drop_all()
+        self._queued.clear()
         self._loads.settle()
         self._saves.settle()
+        self._leases.end_all()
         self.layer_done_counter.reset()
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -48,6 +48,8 @@ from kvstrata.runtime.session import Session
 __all__ = ["KvstrataStorage"]
 
 log = logging.getLogger("kvstrata.sglang")
+
+_PAGE_TOKENS_FEW: Final = 16
 
 
 class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untyped here
@@ -87,6 +89,13 @@ class KvstrataStorage(HiCacheStorage):  # type: ignore[misc]  # SGLang is untype
         geometry = pool_geometry(mem_pool_host)
         pages = host_pages(mem_pool_host, geometry)
         layout = geometry.block_layout(self._shard)
+        if geometry.page_tokens < _PAGE_TOKENS_FEW:
+            log.warning(
+                "page_size is %d: every page is a block of its own, which costs time for each "
+                "(hint: set --page-size to %d or more)",
+                geometry.page_tokens,
+                _PAGE_TOKENS_FEW,
+            )
         namespace = sglang_namespace(
             self._arguments,
             layout,
