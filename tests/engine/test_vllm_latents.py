@@ -107,13 +107,17 @@ def test_where_vllm_keeps_no_prefix_nothing_is_kept(engine_on, deepseek, prompts
         ({"cache_dtype": "fp8"}, "kv_cache_dtype"),
         ({"cache_dtype": "fp8_ds_mla"}, "kv_cache_dtype"),
         ({"tokens_per_state": 4}, "tokens_per_state"),
+        ({"cache_role": "indexer"}, "cache_role"),
+        ({"dtype": "float32"}, "dtype"),
+        ({"cache_dtype_str": "fp8_ds_mla"}, "cache_dtype_str"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_other_latents_are_refused(change, said):
     """By vLLM's own description of them: no model of each kind runs here."""
     import torch
-    from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MLAAttentionSpec
+    from vllm.config import AttentionConfig
+    from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MLAAttentionSpec, SparseCacheRole
 
     from kvstrata.connectors.vllm import geometry
 
@@ -122,7 +126,12 @@ def test_other_latents_are_refused(change, said):
             parallel_config=SimpleNamespace(tensor_parallel_size=workers),
             cache_config=SimpleNamespace(cache_dtype=cache_dtype),
             model_config=SimpleNamespace(dtype=torch.bfloat16),
+            attention_config=AttentionConfig(),
         )
+        if "dtype" in changed:
+            changed["dtype"] = getattr(torch, changed["dtype"])
+        if "cache_role" in changed:
+            changed["cache_role"] = SparseCacheRole(changed["cache_role"])
         spec = MLAAttentionSpec(block_size=32, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
         group = KVCacheGroupSpec(["model.layers.0.attn"], replace(spec, **changed))
         return geometry._group(config, group, {"model.layers.0.attn": 0})

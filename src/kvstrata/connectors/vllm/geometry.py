@@ -30,6 +30,7 @@ _HINTS: Final = {
     "ChunkedLocalAttentionSpec": "chunked attention is not tested",
 }
 _KINDS: Final = frozenset({"FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"})
+_LATENT_DTYPES: Final = frozenset({None, "auto", "bfloat16", "float16"})
 _FP8_PER_TENSOR: Final = 1  # vLLM's KVQuantMode: constant scales, which come with the weights
 
 SPECULATION: Final = ("ngram",)
@@ -86,10 +87,15 @@ def _packing(config: VllmConfig, spec: Any) -> str:
     if _is_latent(spec):  # named, so that nobody takes one vector for K and V and re-arranges it
         import torch
 
-        # Without AMX vLLM has another kernel for them, which attends over no prefix: it turns
-        # prefix caching off, and this connector is idle.
-        amx = current_platform.is_cpu() and torch.cpu._is_amx_tile_supported()  # noqa: SLF001
-        return "latent-amx" if amx else "latent"
+        attention = config.attention_config
+        chosen = attention.backend_per_kind.get("mla_attention", attention.backend)
+        backend = chosen.name if chosen else "auto"
+        if current_platform.is_cpu():
+            # As vLLM chooses. Its kernel for CPUs without AMX attends over no prefix: vLLM turns
+            # prefix caching off, and this connector is idle.
+            amx = backend != "CPU_MLA" and torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+            backend = "AMX_MLA" if amx else "CPU_MLA"
+        return f"latent-{backend.lower()}"  # backends may keep a latent in ways of their own
     if not current_platform.is_cpu():
         return ""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
@@ -177,7 +183,10 @@ def _refuse_latent(config: VllmConfig, spec: Any) -> None:
         "alignment": spec.alignment,
         "is_index_group_leader": spec.is_index_group_leader,
         "non_causal_multi_token_decode": spec.non_causal_multi_token_decode,
-        "kv_cache_dtype": cache_dtype not in {"auto", "bfloat16", "float16"} and cache_dtype,
+        "cache_role": spec.cache_role != "sparse" and str(spec.cache_role),
+        "dtype": str(spec.dtype) not in {"torch.bfloat16", "torch.float16"} and str(spec.dtype),
+        "cache_dtype_str": spec.cache_dtype_str not in _LATENT_DTYPES and spec.cache_dtype_str,
+        "kv_cache_dtype": cache_dtype not in _LATENT_DTYPES and cache_dtype,
         # Every worker has all of a latent, so their parts are no parts of one block.
         "tensor_parallel_size": config.parallel_config.tensor_parallel_size != 1
         and config.parallel_config.tensor_parallel_size,
