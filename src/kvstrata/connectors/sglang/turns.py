@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstrata.connectors.sglang.hostpages import PageSpace
-from kvstrata.core.errors import CallRefusedError, KvstrataError
+from kvstrata.core.errors import CallRefusedError, ConfigError, KvstrataError
 from kvstrata.layout import Bridge
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.session import Session
@@ -195,8 +195,12 @@ class Turns:
         session = self.session
         if self._clear_owed and session.welcome:
             tag = namespace_tag(ModelKey(session.welcome.model_key))
-            clear = wire.Clear([], tag.hex())
-            if self.call(clear, wire.Cleared) is None:
+            try:
+                session.call(wire.Clear([], tag.hex()), wire.Cleared)
+            except ConfigError:  # it keeps nothing of this model, which is what we want
+                log.debug("nothing was kept that could be forgotten")
+            except KvstrataError as error:
+                log.warning("kvstrata's daemon could not be told to forget: %s", error)
                 return False
             self._clear_owed = False
         while self._owed and session.welcome:
