@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+from kit import SharedDaemon
 
 from kvstrata.testing.contracts.engine_connector import EngineConnectorContract
 
@@ -17,6 +20,7 @@ class Script:
     """vLLM's calls in the order of its `kv_connector/v1/base.py`, on its own KV tensors."""
 
     block_tokens = BLOCK_TOKENS
+    places = 12
 
     def __init__(self, engine):
         from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -27,6 +31,7 @@ class Script:
         self._caches = core.model_executor.driver_worker.worker.model_runner.kv_caches
         self._requests = {}
         self._pages = {}
+        self._loading = {}
 
     def begin(self, name, tokens):
         from vllm import SamplingParams
@@ -54,6 +59,8 @@ class Script:
         self._pages[name] = [page for place in places for page in _pages(place)]
         blocks = KVCacheBlocks((tuple(KVCacheBlock(page) for page in self._pages[name]),))
         self._leader.update_state_after_alloc(self._requests[name], blocks, external_tokens)
+        if external_tokens:
+            self._loading[name] = external_tokens
 
     def plan(self, computed):
         from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
@@ -86,11 +93,21 @@ class Script:
 
     def report(self, report):
         self._leader.update_connector_output(report)
-        return set(report.finished_recving or ())
+        loaded = set(report.finished_recving or ())
+        for name in loaded:
+            self._requests[name].num_computed_tokens = self._loading.pop(name)
+        return loaded
 
     def finish(self, name):
         request = self._requests[name]
         return self._leader.request_finished(request, self._pages.get(name, []))[0]
+
+    def preempt(self, name):
+        self._requests[name].num_computed_tokens = 0
+        self._pages.pop(name)
+
+    def reset(self):
+        assert self._leader.reset_cache()
 
     def fill(self, place, seed):
         import torch
@@ -123,7 +140,7 @@ def _pages(place):
 
 
 @pytest.fixture(scope="module", params=["llama", "deepseek"])
-def script(request, engine_on):
+def script(request, engine_on, tmp_path_factory):
     """The halves of one engine, which has run: its worker is registered and known."""
     import torch
 
@@ -132,7 +149,10 @@ def script(request, engine_on):
         if not torch.cpu._is_amx_tile_supported():
             pytest.skip("vLLM keeps no prefix of latents on a CPU without AMX")
         options = {"model": request.getfixturevalue("deepseek"), "dtype": "bfloat16"}
-    with engine_on({"tiers": "host:64MiB", "block_tokens": BLOCK_TOKENS}, **options) as running:
+    # A script computes in no time: the daemon must offer all the same.
+    daemon = SharedDaemon(tmp_path_factory.mktemp("d"), limits={"weigh_costs": False})
+    extra = {"address": daemon.address, "block_tokens": BLOCK_TOKENS}
+    with contextlib.closing(daemon), engine_on(extra, **options) as running:
         running.ask([[3] * 40], max_tokens=1)
         yield Script(running)
 

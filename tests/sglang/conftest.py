@@ -14,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,14 @@ class Answer:
     cached: int
 
 
+@dataclass
+class AtOnce:
+    """What came back for one of several prompts asked together."""
+
+    tokens: tuple[int, ...]
+    aborted: bool
+
+
 class Engine:
     """An SGLang engine in a process of its own (driver.py), or what another driver runs."""
 
@@ -77,6 +86,7 @@ class Engine:
         environment: dict[str, str] | None = None,
     ) -> None:
         self.log = log
+        self._asked = 0
         order_reader, self._orders = os.pipe()
         self._answers, answer_writer = os.pipe()
         fds = (order_reader, answer_writer)
@@ -111,6 +121,27 @@ class Engine:
             storage = answer["details"].get("storage", 0)
             found.append(Answer(tuple(answer["tokens"]), storage, answer["cached"]))
         return found
+
+    def ask_at_once(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int = 8,
+        abort_s: Mapping[int, float] | None = None,
+        **sampling: Any,
+    ) -> list[AtOnce]:
+        """Answer all prompts together; those named in `abort_s` are aborted so long after.
+
+        After 0 s means: with their first token.
+        """
+        given = {"temperature": 0, "max_new_tokens": max_tokens, "ignore_eos": True} | sampling
+        self._asked += 1
+        every = [
+            # SGLang takes a name for those that begin with it.
+            {"input_ids": list(prompt), "sampling_params": given, "rid": f"{self._asked}-{n:02}"}
+            for n, prompt in enumerate(prompts)
+        ]
+        order = {"do": "ask_at_once", "given": every, "abort_s": abort_s or {}}
+        return [AtOnce(tuple(tokens), end == "abort") for tokens, end in self._order(order)]
 
     def forget(self) -> None:
         """Empty device and host pool; the storage keeps its pages."""
@@ -192,6 +223,10 @@ class Engine:
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
+
+    def log_text(self) -> str:
+        """Return all that the engine said so far."""
+        return self.log.read_text(errors="replace")
 
     def log_tail(self) -> str:
         """Return the last of what the engine said, its arguments left out."""
@@ -344,3 +379,56 @@ def daemon() -> Iterator[SharedDaemon]:
         shared.signal(signal.SIGCONT)
         shared.signal(signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def storage_config() -> Callable[..., Any]:
+    """Make a HiCacheStorageConfig."""
+    from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+
+    def make(extra: dict[str, Any], **changes: Any) -> Any:
+        known = {
+            "tp_rank": 0,
+            "tp_size": 1,
+            "pp_rank": 0,
+            "pp_size": 1,
+            "attn_cp_rank": 0,
+            "attn_cp_size": 1,
+            "is_mla_model": False,
+            "enable_storage_metrics": True,
+            "is_page_first_layout": False,
+            "model_name": "tiny",
+            "extra_config": {"backend_name": "kvstrata", "interface_v1": 1, **extra},
+        }
+        return HiCacheStorageConfig(**(known | changes))
+
+    return make
+
+
+@pytest.fixture
+def sglang_arguments(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> SimpleNamespace:
+    """The engine's arguments, which a scheduler's process has."""
+    from sglang.srt import runtime_context
+
+    from kvstrata.connectors.sglang import weights
+    from kvstrata.connectors.sglang.identity import NUMERIC_ARGUMENTS
+
+    monkeypatch.setattr(weights._Seen, "from_start", True)  # SGLang has loaded the plug-in
+    monkeypatch.setattr(weights._Seen, "names", {})
+    known = dict.fromkeys(NUMERIC_ARGUMENTS, "auto") | {
+        "attention_backend": "torch_native",
+        "kt_method": "AMXINT4",
+        "kt_weight_path": None,
+        "quantization_param_path": None,
+        "model_path": str(tiny_model),
+        "revision": None,
+        "served_model_name": None,
+        "random_seed": 1,
+        "trust_remote_code": False,
+        "enable_lora": None,
+        "lora_paths": None,
+        "speculative_algorithm": None,
+    }
+    found = SimpleNamespace(**known)
+    monkeypatch.setattr(runtime_context, "get_server_args", lambda: found)
+    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -71,69 +70,16 @@ def pages_of(pool, indices):
 
 
 @pytest.fixture
-def config():
-    """Make a HiCacheStorageConfig."""
-    from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
-
-    def make(extra, **changes):
-        known = {
-            "tp_rank": 0,
-            "tp_size": 1,
-            "pp_rank": 0,
-            "pp_size": 1,
-            "attn_cp_rank": 0,
-            "attn_cp_size": 1,
-            "is_mla_model": False,
-            "enable_storage_metrics": True,
-            "is_page_first_layout": False,
-            "model_name": "tiny",
-            "extra_config": {"backend_name": "kvstrata", "interface_v1": 1, **extra},
-        }
-        return HiCacheStorageConfig(**(known | changes))
-
-    return make
-
-
-@pytest.fixture
-def arguments(monkeypatch, tiny_model):
-    """The engine's arguments, which a scheduler's process has."""
-    from sglang.srt import runtime_context
-
-    from kvstrata.connectors.sglang import weights
-    from kvstrata.connectors.sglang.identity import NUMERIC_ARGUMENTS
-
-    monkeypatch.setattr(weights._Seen, "from_start", True)  # SGLang has loaded the plug-in
-    monkeypatch.setattr(weights._Seen, "names", {})
-    known = dict.fromkeys(NUMERIC_ARGUMENTS, "auto") | {
-        "attention_backend": "torch_native",
-        "kt_method": "AMXINT4",
-        "kt_weight_path": None,
-        "quantization_param_path": None,
-        "model_path": str(tiny_model),
-        "revision": None,
-        "served_model_name": None,
-        "random_seed": 1,
-        "trust_remote_code": False,
-        "enable_lora": None,
-        "lora_paths": None,
-        "speculative_algorithm": None,
-    }
-    found = SimpleNamespace(**known)
-    monkeypatch.setattr(runtime_context, "get_server_args", lambda: found)
-    return found
-
-
-@pytest.fixture
-def attach(arguments, daemon, config):
+def attach(sglang_arguments, daemon, storage_config):
     """Attach a storage to a pool; all are closed with the test."""
     from kvstrata.connectors.sglang.storage import KvstrataStorage
 
-    assert arguments
+    assert sglang_arguments
     opened = []
 
     def make(pool, extra=None, **changes):
         settings = {"address": daemon.address} if extra is None else extra
-        storage = KvstrataStorage(config(settings, **changes), {})
+        storage = KvstrataStorage(storage_config(settings, **changes), {})
         opened.append(storage)
         storage.register_mem_pool_host(pool)
         storage.register_mem_host_pool_v2(pool, "kv")
@@ -250,14 +196,14 @@ def test_of_replicated_ranks_one_writes_and_all_read(attach):
         ({"speculative_algorithm": "EAGLE"}, "speculative decoding"),
     ],
 )
-def test_engines_that_we_do_not_serve_are_refused(attach, arguments, changes, said):
-    vars(arguments).update(changes)
+def test_engines_that_we_do_not_serve_are_refused(attach, sglang_arguments, changes, said):
+    vars(sglang_arguments).update(changes)
     with pytest.raises(LayoutError, match=said):
         attach(make_pool())
 
 
-def test_an_argument_that_is_gone_is_noticed(attach, arguments):
-    del arguments.kv_cache_dtype
+def test_an_argument_that_is_gone_is_noticed(attach, sglang_arguments):
+    del sglang_arguments.kv_cache_dtype
     with pytest.raises(LayoutError, match="no server argument 'kv_cache_dtype'"):
         attach(make_pool())
 
@@ -366,14 +312,14 @@ def test_the_canary_leaves_no_page_and_no_host_memory_behind(attach, daemon):
     assert host["idle"] + host["in_use"] == 0
 
 
-def test_a_model_that_takes_images_is_refused(attach, arguments, tmp_path):
+def test_a_model_that_takes_images_is_refused(attach, sglang_arguments, tmp_path):
     import transformers
 
     folder = tmp_path / "sees"
     transformers.Qwen2VLConfig(architectures=["Qwen2VLForConditionalGeneration"]).save_pretrained(
         folder
     )
-    arguments.model_path = str(folder)
+    sglang_arguments.model_path = str(folder)
     with pytest.raises(LayoutError, match="images or audio"):
         attach(make_pool())
 
@@ -414,8 +360,8 @@ class TestNewWeights:
         with pytest.raises(LayoutError, match="'one' has named other weights"):
             attach(make_pool(), named)
 
-    def test_files_that_were_overwritten_name_nothing(self, attach, arguments, monkeypatch):
-        newest = max(p.stat().st_ctime for p in Path(arguments.model_path).iterdir())
+    def test_files_that_were_overwritten_name_nothing(self, attach, sglang_arguments, monkeypatch):
+        newest = max(p.stat().st_ctime for p in Path(sglang_arguments.model_path).iterdir())
         monkeypatch.setattr(self.seen, "began", newest + 1)
         attach(make_pool())
         monkeypatch.setattr(self.seen, "began", newest - 3600)

@@ -41,11 +41,31 @@ def write_llama(folder: Path, seed: int = 0, spread: float = 0.2) -> Path:
     return folder
 
 
-class SharedDaemon:
-    """`kvstrata serve` in a process of its own."""
+_SERVE_WITH_LIMITS = """
+import json, sys
+from kvstrata.core.config import Limits, NodeConfig, parse_tiers
+from kvstrata.runtime import daemon
+tiers, address, limits = sys.argv[1:]
+config = NodeConfig(parse_tiers(tiers), None, Limits(**json.loads(limits)))
+daemon.serve(config, address, ready=lambda: print("serves", file=sys.stderr, flush=True))
+"""
 
-    def __init__(self, folder: Path, host: str = "64MiB", disk: str = "64MiB") -> None:
+
+class SharedDaemon:
+    """`kvstrata serve` in a process of its own.
+
+    `limits` are `core.config.Limits` that the command has no option for.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        host: str = "64MiB",
+        disk: str = "64MiB",
+        limits: dict[str, Any] | None = None,
+    ) -> None:
         self.folder = folder
+        self.limits = limits
         self.address = f"ipc://{folder}/node.sock"
         self.tiers = f"host:{host},disk:{folder / 'kv'}:{disk}"
         self.start()
@@ -53,8 +73,12 @@ class SharedDaemon:
     def start(self) -> None:
         """Start it and wait until it serves."""
         command = [sys.executable, "-m", "kvstrata.apps.cli.main", "serve"]
+        command += ["--tiers", self.tiers, "--address", self.address]
+        if self.limits is not None:
+            given = [self.tiers, self.address, json.dumps(self.limits)]
+            command = [sys.executable, "-c", _SERVE_WITH_LIMITS, *given]
         self.process = subprocess.Popen(
-            [*command, "--tiers", self.tiers, "--address", self.address],
+            command,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -70,6 +94,12 @@ class SharedDaemon:
         if number == signal.SIGKILL:
             self.process.wait(10)
             self.process.stderr.close()
+
+    def close(self) -> None:
+        """End it, whatever it is doing; twice is harmless."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGCONT)
+            self.signal(signal.SIGKILL)
 
     def statistics(self) -> dict[str, Any]:
         """Return the daemon's statistics once everything saved has reached the disk."""

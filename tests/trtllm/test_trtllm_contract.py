@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import shutil
+import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
+from kit import SharedDaemon
 
 from kvstrata.runtime.admin import AdminClient
 from kvstrata.testing.contracts.engine_connector import CAPABILITIES, EngineConnectorContract
@@ -26,13 +32,15 @@ class Script:
     """
 
     block_tokens = BLOCK_TOKENS
+    places = 12
 
     def __init__(self, engine, sim):
         self._sim, self._v2 = sim, engine.manager == "v2"
         self._leader, self._worker, self._pool = engine.scheduler, engine.worker, engine.pool
         self._requests, self._pages = {}, {}
         self._asked = {}  # name -> (computed, found) of its last question
-        self._to_load, self._told = {}, {}
+        self._to_load, self._told, self._position = {}, set(), {}
+        self._whole = set()
         self._ending = []
 
     def begin(self, name, tokens):
@@ -57,6 +65,8 @@ class Script:
         self._tell("update_state_after_alloc", name)
         if external_tokens:
             self._to_load[name] = external_tokens
+            # V1 comes back behind its load; V2's first step counts from before it.
+            self._position[name] = 0 if self._v2 else external_tokens
 
     def plan(self, computed):
         loads, self._to_load = self._to_load, {}
@@ -66,14 +76,17 @@ class Script:
         output = self._sim.SchedulerOutput()
         for name, tokens in steps.items():
             new = name not in self._told
-            position = self._told.get(name, 0)
+            position = self._position.get(name, 0)
             request, pages = self._requests[name], self._pages[name]
             data = self._sim.RequestData(
                 request.request_id, request.tokens if new else [],
                 pages[0] if new and len(pages) == 1 else [], position, tokens,
                 new_block_ids_by_layer_group=pages if new and self._v2 else [],
             )  # fmt: skip
-            self._told[name] = position + tokens
+            self._told.add(name)
+            self._position[name] = position + tokens
+            if name in loads or position + tokens >= len(request.tokens):
+                self._whole.add(name)
             (output.new_requests if new else output.cached_requests).append(data)
         meta = self._leader.build_connector_meta(output)
         return pickle.loads(pickle.dumps(meta)), set(loads), bool(steps)
@@ -99,10 +112,20 @@ class Script:
         return set(report) if self._v2 else {numbers[each] for each in loaded}
 
     def finish(self, name):
+        if name in self._whole:  # the step that ends a prompt makes the first token of the answer
+            self._whole.discard(name)
+            self._requests[name].tokens.append(5)
         waits = self._tell("request_finished", name)
         if waits:
             self._ending.append(self._requests[name].request_id)
         return waits
+
+    def preempt(self, name):
+        self._leader.request_reset(self._requests[name])
+        self._told.discard(name)
+        self._whole.discard(name)
+        self._position.pop(name, None)
+        self._pages.pop(name)
 
     def fill(self, place, seed):
         import torch
@@ -136,21 +159,42 @@ class Script:
         return getattr(self._leader, f"{call}_by_layer_group")(request, pages)
 
 
+@pytest.fixture(scope="module")
+def daemon_for():
+    """Return the address of a daemon for a kind of layout; it offers all that it keeps.
+
+    A script computes in no time, so that nothing would be worth a load.
+    """
+    with contextlib.ExitStack() as ends:
+        started = {}
+
+        def address(kind):
+            if kind not in started:
+                folder = Path(tempfile.mkdtemp(prefix="kv"))
+                ends.callback(shutil.rmtree, folder, ignore_errors=True)
+                started[kind] = SharedDaemon(folder, limits={"weigh_costs": False})
+                ends.callback(started[kind].signal, signal.SIGKILL)
+            return started[kind].address
+
+        yield address
+
+
 class TestV1(EngineConnectorContract):
     """One pool. An offer is taken whole; the halves share a process, so reports are at hand."""
 
-    capabilities = CAPABILITIES - {"declines", "carried_reports"}
+    capabilities = CAPABILITIES - {"carried_reports", "declines", "preempts", "resets"}
 
     @pytest.fixture
-    def engine(self, start, sim):
-        return Script(start(manager="v1"), sim)
+    def engine(self, start, sim, daemon_for):
+        return Script(start(manager="v1", settings={"address": daemon_for("v1")}), sim)
 
 
 class TestV2(EngineConnectorContract):
     """Groups of layers. An offer may be called off, and loads are made within the step."""
 
-    capabilities = CAPABILITIES - {"carried_reports"}
+    capabilities = CAPABILITIES - {"carried_reports", "resets", "separate_loads"}
 
     @pytest.fixture(params=[1, 2], ids=["one-group", "two-groups"])
-    def engine(self, start, sim, request):
-        return Script(start(manager="v2", groups=request.param), sim)
+    def engine(self, start, sim, daemon_for, request):
+        settings = {"address": daemon_for(f"v2, {request.param}")}
+        return Script(start(manager="v2", groups=request.param, settings=settings), sim)
