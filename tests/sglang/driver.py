@@ -8,6 +8,7 @@ and its engine can be started only from a main module.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -39,6 +40,9 @@ def main() -> None:
                     "details": meta.get("cached_tokens_details") or {},
                 }
             )
+        elif order["do"] == "ask_at_once":
+            every = [GenerateReqInput(stream=True, **given) for given in order["given"]]
+            say(engine.loop.run_until_complete(_at_once(engine, every, order["abort_s"])))
         elif order["do"] == "forget":
             say(engine.flush_cache().success)
         elif order["do"] == "update":
@@ -55,6 +59,24 @@ async def _only(engine, given):
     # To its end: until then a request holds the lock that an update of weights waits for.
     (answer,) = [each async for each in engine.tokenizer_manager.generate_request(given, None)]
     return answer
+
+
+async def _at_once(engine, every, abort_s):
+    """Answer all together; return the tokens of each, and how it ended."""
+    manager = engine.tokenizer_manager
+
+    async def one(number, given):
+        said, end = [], None
+        after_s = abort_s.get(str(number))
+        if after_s:
+            asyncio.get_running_loop().call_later(after_s, manager.abort_request, given.rid)
+        async for each in manager.generate_request(given, None):
+            said, end = each["output_ids"] or said, each["meta_info"]["finish_reason"]
+            if after_s == 0 and said:
+                manager.abort_request(given.rid)
+        return said, (end or {}).get("type")
+
+    return await asyncio.gather(*(one(number, given) for number, given in enumerate(every)))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ layout and another model each need one of their own.
 
 from __future__ import annotations
 
+import re
 import signal
 import time
+
+import pytest
 
 from kvstrata.storage.slab import SLAB_NAME
 
@@ -25,6 +28,11 @@ def tokens(answers):
 
 def from_storage(answers):
     return [answer.from_storage for answer in answers]
+
+
+def host_slots(daemon, *states):
+    host = daemon.statistics()["tiers"]["host"]
+    return sum(host[state] for state in states)
 
 
 def test_what_was_attached_and_detached_is_still_there_at_the_next_attach(
@@ -152,14 +160,20 @@ def test_an_engine_restart_in_another_layout_finds_every_page(
     assert from_storage(warm) == [whole_pages(prompt) for prompt in prompts]
 
 
+@pytest.fixture(scope="module")
+def small(engine_on):
+    """An engine that computes in parts, and begins more requests than it has room to end."""
+    options = {"chunked_prefill_size": 4 * PAGE_TOKENS, "schedule_conservativeness": 0.01}
+    with engine_on(log_level="info", **options) as running:
+        yield running
+
+
 def test_two_engines_at_once_share_pages_and_one_computes_in_parts(
-    engine, engine_on, daemon, prompts, reference
+    engine, small, daemon, prompts, reference
 ):
     settings = {"address": daemon.address}
-    with (
-        engine_on(settings, chunked_prefill_size=4 * PAGE_TOKENS) as second,
-        engine.attached(**settings),
-    ):
+    with small.attached(**settings), engine.attached(**settings):
+        second = small
         for writer, reader, part in ((second, engine, slice(6)), (engine, second, slice(6, 12))):
             cold = writer.ask(prompts[part])
             assert tokens(cold) == reference[part]
@@ -169,6 +183,59 @@ def test_two_engines_at_once_share_pages_and_one_computes_in_parts(
             warm = reader.ask(prompts[part])
             assert tokens(warm) == reference[part]
             assert from_storage(warm) == [whole_pages(prompt) for prompt in prompts[part]]
+
+
+def test_retracted_requests_answer_the_same(small, daemon, prompts):
+    """Four requests begin with 100 tokens each and would end with 350; there is room for 1024."""
+    four = [prompts[number][:100] for number in (5, 6, 7, 11)]
+    more = {"max_tokens": 250, "ignore_eos": False}  # else SGLang reserves all of an answer
+    alone = []
+    for prompt in four:
+        alone += small.ask_at_once([prompt], **more)
+        small.forget()
+    assert "Retract requests" not in small.log_text()
+    with small.attached(address=daemon.address):
+        for _ in range(2):  # the second time on kept pages
+            assert small.ask_at_once(four, **more) == alone
+            daemon.statistics()
+            small.forget()
+        assert "Retract requests" in small.log_text()
+        warm = small.ask(four)
+        assert from_storage(warm) == [whole_pages(prompt) for prompt in four]
+    assert host_slots(daemon, "filling", "staged", "in_use") == 0
+    parts = [int(each) for each in re.findall(r"#new-token: (\d+)", small.log_text())]
+    assert 0 < max(parts) <= 4 * PAGE_TOKENS, "no prompt went in whole"
+
+
+def test_requests_aborted_while_they_load_or_run_leave_right_pages(
+    small, daemon, prompts, reference
+):
+    six, right = (
+        [prompts[n] for n in (0, 1, 5, 6, 7, 11)],
+        [reference[n] for n in (0, 1, 5, 6, 7, 11)],
+    )
+    with small.attached(address=daemon.address, call_timeout_s=0.5, retry_interval_s=0.1):
+        small.ask(six[:4])  # the last two are computed where others load
+        daemon.statistics()
+        small.forget()
+        for after_s in (0, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08):
+            answers = small.ask_at_once(six, abort_s={1: after_s, 3: after_s, 5: after_s})
+            for number, answer in enumerate(answers):
+                assert answer.tokens == right[number][: len(answer.tokens)]
+                assert answer.aborted or answer.tokens == right[number]
+                assert not answer.aborted or number in {1, 3, 5}
+            small.forget()
+        daemon.signal(signal.SIGSTOP)  # so that the question for its pages is still out
+        cut, whole = small.ask_at_once(six[:2], abort_s={0: 0.1})
+        daemon.signal(signal.SIGCONT)
+        assert (cut.aborted, cut.tokens) == (True, ())
+        assert whole.tokens == right[1]
+        small.forget()
+    assert host_slots(daemon, "filling", "staged", "in_use") == 0
+    with small.attached(address=daemon.address):
+        warm = small.ask(six)
+    assert tokens(warm) == right
+    assert from_storage(warm)[:4] == [whole_pages(prompt) for prompt in six[:4]]
 
 
 def test_a_private_daemon_keeps_pages_on_disk_and_another_model_finds_none(
