@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from kit import LLAMA
 
 pytestmark = pytest.mark.engine
 
@@ -49,21 +50,7 @@ def write_idefics(folder):
         patch_size=14,
         initializer_range=0.2,
     )
-    text = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
+    text = LlamaConfig(**LLAMA)
     torch.manual_seed(0)
     config = Idefics3Config(
         vision_config=vision.to_dict(),

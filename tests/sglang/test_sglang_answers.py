@@ -6,12 +6,21 @@ layout and another model each need one of their own.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
+from kit import SharedDaemon
 
+import kvstrata
 from kvstrata.storage.slab import SLAB_NAME
 
 PAGE_TOKENS = 16
@@ -236,6 +245,52 @@ def test_requests_aborted_while_they_load_or_run_leave_right_pages(
         warm = small.ask(six)
     assert tokens(warm) == right
     assert from_storage(warm)[:4] == [whole_pages(prompt) for prompt in six[:4]]
+
+
+@pytest.fixture
+def core_python():
+    """The Python beside this one that has the object client; SGLang's environment has none."""
+    python = Path(sys.prefix).parent / ".venv" / "bin" / "python"
+    found = python.exists() and subprocess.run([python, "-c", "import obstore"], check=False)
+    if not found or found.returncode:
+        pytest.skip("no environment with obstore beside this one (make env)")
+    return python
+
+
+def test_pages_come_back_from_an_object_store(
+    engine, prompts, reference, tmp_path, monkeypatch, core_python
+):
+    """The daemon runs where its object client is, in the environment beside SGLang's."""
+    from kvstrata.testing.s3 import RcloneServer
+
+    monkeypatch.setenv("PATH", f"{core_python.parent}{os.pathsep}{os.environ['PATH']}")
+    folder = Path(tempfile.mkdtemp(prefix="kv"))  # a socket's path must be short
+    with contextlib.ExitStack() as ends:
+        ends.callback(shutil.rmtree, folder, ignore_errors=True)
+        server = ends.enter_context(RcloneServer(tmp_path))
+        ours = {"PYTHONPATH": str(Path(kvstrata.__file__).parents[1])} | server.environment
+        secret = tmp_path / "secret"
+        secret.write_bytes(os.urandom(32))
+        daemon = SharedDaemon(
+            folder,
+            "--secret-file",
+            str(secret),
+            tiers=f"host:64MiB,object:{server.url}:64MiB",
+            python=core_python,
+            environment=os.environ | ours,
+        )
+        ends.callback(daemon.close)
+        with engine.attached(address=daemon.address):
+            assert tokens(engine.ask(prompts[:6])) == reference[:6]
+        daemon.statistics()
+        daemon.signal(signal.SIGKILL)
+        daemon.start()  # with an empty host
+        daemon.statistics()
+        with engine.attached(address=daemon.address):
+            warm = engine.ask(prompts[:6])
+        assert tokens(warm) == reference[:6]
+        assert from_storage(warm) == [whole_pages(prompt) for prompt in prompts[:6]]
+        assert daemon.statistics()["tiers"]["object"]["hit_blocks"] > 0
 
 
 def test_a_private_daemon_keeps_pages_on_disk_and_another_model_finds_none(

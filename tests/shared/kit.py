@@ -8,9 +8,27 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-__all__ = ["SharedDaemon", "demo_kept_its_promises", "write_llama"]
+__all__ = ["LLAMA", "SharedDaemon", "demo_kept_its_promises", "write_llama"]
+
+
+LLAMA: Final = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+}
+"""The tiny Llama's configuration. `examples/tiny_llama.py` has its own: users copy it."""
 
 
 def write_llama(folder: Path, seed: int = 0, spread: float = 0.2) -> Path:
@@ -22,21 +40,7 @@ def write_llama(folder: Path, seed: int = 0, spread: float = 0.2) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-        initializer_range=spread,
-    )
+    config = LlamaConfig(**(LLAMA | {"initializer_range": spread}))
     LlamaForCausalLM(config).float().save_pretrained(folder)
     return folder
 
@@ -54,31 +58,38 @@ daemon.serve(config, address, ready=lambda: print("serves", file=sys.stderr, flu
 class SharedDaemon:
     """`kvstrata serve` in a process of its own.
 
-    `limits` are `core.config.Limits` that the command has no option for.
+    `more` are options of the command; `limits` are `core.config.Limits` that it has none for, and
+    take the place of `more`. `python` and `environment` are another environment's.
     """
 
     def __init__(
         self,
         folder: Path,
+        *more: str,
         host: str = "64MiB",
         disk: str = "64MiB",
         limits: dict[str, Any] | None = None,
+        tiers: str = "",
+        python: Path | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.folder = folder
-        self.limits = limits
+        self.limits, self._more = limits, more
+        self._python, self._environment = str(python or sys.executable), environment
         self.address = f"ipc://{folder}/node.sock"
-        self.tiers = f"host:{host},disk:{folder / 'kv'}:{disk}"
+        self.tiers = tiers or f"host:{host},disk:{folder / 'kv'}:{disk}"
         self.start()
 
     def start(self) -> None:
         """Start it and wait until it serves."""
-        command = [sys.executable, "-m", "kvstrata.apps.cli.main", "serve"]
-        command += ["--tiers", self.tiers, "--address", self.address]
+        command = [self._python, "-m", "kvstrata.apps.cli.main", "serve"]
+        command += ["--tiers", self.tiers, "--address", self.address, *self._more]
         if self.limits is not None:
             given = [self.tiers, self.address, json.dumps(self.limits)]
-            command = [sys.executable, "-c", _SERVE_WITH_LIMITS, *given]
+            command = [self._python, "-c", _SERVE_WITH_LIMITS, *given]
         self.process = subprocess.Popen(
             command,
+            env=self._environment,
             stderr=subprocess.PIPE,
             text=True,
         )

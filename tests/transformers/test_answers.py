@@ -280,6 +280,27 @@ def test_prompts_without_a_full_block(tiny, llama, make_cache):
     assert not cache.statistics.failed_calls
 
 
+def test_blocks_come_back_from_an_object_store(tiny, llama, make_cache, s3_url, tmp_path):
+    import torch
+
+    prompts = conversations(tiny)[:8]
+    cold = [tiny.answer(llama, ids) for ids in prompts]
+    secret = tmp_path / "secret"
+    secret.write_bytes(os.urandom(32))
+    settings = {"tiers": f"host:16MiB,object:{s3_url}:64MiB", "secret_file": str(secret)}
+    cache = make_cache(llama, **settings)
+    for ids, expected in zip(prompts, cold, strict=True):
+        assert torch.equal(tiny.answer(cache, ids), expected)
+    wait_idle(cache)
+    cache.close()
+    late = make_cache(llama, **settings)  # another daemon: all it knows is in the bucket
+    wait_idle(late)
+    for ids, expected in zip(prompts, cold, strict=True):
+        assert torch.equal(tiny.answer(late, ids), expected)
+    assert late.statistics.loaded_tokens == sum((i.shape[1] - 1) // BLOCK * BLOCK for i in prompts)
+    assert daemon_stats(late)["node"]["tiers"]["object"]["hit_blocks"] > 0
+
+
 _OTHER = """
 import sys
 import torch
