@@ -5,6 +5,7 @@ One engine serves all tests but the restart, which needs a second one.
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import tempfile
@@ -126,12 +127,78 @@ def test_salts_are_isolated(linked, common, prompts, reference):
         assert (again.tokens, again.cached) == (reference[7], whole_pages(prompts[7])), extra
 
 
-def test_a_new_engine_finds_every_page(linked, engine_on, common, prompts, reference):
+@pytest.fixture(scope="module")
+def small(engine_on, common):
+    """An engine that computes in parts, and begins more requests than it has room to end."""
+    options = {"chunked_prefill_size": 4 * PAGE_TOKENS, "schedule_conservativeness": 0.01}
+    options |= linked_options(common.address, retry_interval_s=0.1, call_timeout_s=0.5)
+    with engine_on(None, log_level="info", **options) as running:
+        yield running
+
+
+def test_a_new_engine_finds_every_page(linked, small, prompts, reference):
     assert linked.process.poll() is None
-    with engine_on(None, **linked_options(common.address)) as second:
-        warm = second.ask(prompts)
+    warm = small.ask(prompts)
     assert tokens(warm) == reference
     assert cached(warm) == [whole_pages(prompt) for prompt in prompts]
+
+
+def test_what_is_computed_in_parts_is_kept(linked, small, common, prompts):
+    own = [list(reversed(prompt)) for prompt in prompts[4:8]]
+    parted = small.ask(own)
+    assert cached(parted) == [0] * len(own)
+    sizes = [int(each) for each in re.findall(r"#new-token: (\d+)", small.log_text())]
+    assert 0 < max(sizes) <= 4 * PAGE_TOKENS, "no prompt went in whole"
+    wait_saved(common)
+    linked.forget()
+    whole = linked.ask(own)
+    assert tokens(whole) == tokens(parted)
+    assert cached(whole) == [whole_pages(prompt) for prompt in own]
+
+
+def test_retracted_requests_answer_the_same(small, common, prompts):
+    """Four requests begin with 100 tokens each and end with 380; there is room for 1024."""
+    four = [prompts[number][:100] for number in (5, 6, 7, 11)]
+    # With `ignore_eos` SGLang would keep room for all of an answer, and retract nothing.
+    more = {"max_tokens": 280, "ignore_eos": False, "logit_bias": {"2": -100.0}}
+    small.forget()
+    alone = []
+    for prompt in four:
+        alone += small.ask_at_once([prompt], **more)
+        small.forget()
+    assert "Retract requests" not in small.log_text()
+    for _ in range(2):  # the second time on kept pages
+        assert small.ask_at_once(four, **more) == alone
+        wait_saved(common)
+        small.forget()
+    assert "Retract requests" in small.log_text()
+    assert cached(small.ask(four)) == [whole_pages(prompt) for prompt in four]
+
+
+def test_requests_aborted_while_they_load_or_run_leave_right_pages(
+    small, common, prompts, reference
+):
+    chosen = (0, 1, 5, 6, 7, 11)
+    six, right = [prompts[n] for n in chosen], [reference[n] for n in chosen]
+    small.forget()
+    small.ask(six)
+    wait_saved(common)
+    ends = [six[n] + prompts[2][: 40 * n] for n in range(6)]  # those load, and go on in parts
+    small.forget()
+    whole = tokens(small.ask(ends))
+    small.forget()
+    for after_s in (0, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08):
+        answers = small.ask_at_once(ends, abort_s={1: after_s, 3: after_s, 5: after_s})
+        for number, answer in enumerate(answers):
+            assert answer.tokens == whole[number][: len(answer.tokens)]
+            assert answer.aborted or answer.tokens == whole[number]
+            assert not answer.aborted or number in {1, 3, 5}
+        small.forget()
+    host = common.statistics()["tiers"]["host"]
+    assert host["filling"] + host["staged"] + host["in_use"] == 0
+    warm = small.ask(six)
+    assert tokens(warm) == right
+    assert cached(warm) == [whole_pages(prompt) for prompt in six]
 
 
 def test_what_lies_on_disk_is_a_miss_now_and_a_hit_at_the_next_asking(

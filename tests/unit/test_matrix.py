@@ -29,7 +29,7 @@ LANES = {
 
 RUNNING = {
     "vllm": {"engine_on", "kept_engine", "multi"},
-    "sglang": {"engine", "engine_on"},
+    "sglang": {"engine", "engine_on", "linked", "small"},
     "transformers": {"make_cache"},
 }
 """Fixtures that are, or start, a real engine."""
