@@ -54,7 +54,7 @@ def lacking(suite):
 
 def test_every_connector_is_asked_for_all_that_its_engine_has_words_for():
     assert {name: lacking(suite) for name, suite in suites().items()} == LACKS
-    assert set().union(*LACKS.values()) == CAPABILITIES, "nobody lacks it: no capability"
+    assert set().union(*LACKS.values()) <= CAPABILITIES
 
 
 def test_no_suite_replaces_or_skips_a_law():

@@ -24,7 +24,7 @@ _POLL_S: Final = 0.01
 _PRIME: Final = 61
 
 CAPABILITIES: Final = frozenset({
-    "carried_reports", "declines", "ends", "planned_loads", "planned_saves", "preempts",
+    "carried_reports", "declines", "ends", "lives", "planned_loads", "planned_saves", "preempts",
     "reported_loads", "resets", "separate_loads",
 })  # fmt: skip
 """What some engines can do and others cannot; the laws about it ask less of those that cannot.
@@ -34,6 +34,7 @@ tests/unit/test_engine_laws.py has the list of who lacks what.
     carried_reports   the leader hears of the worker only by what the engine brings it
     declines          an engine that was offered blocks may take none of them
     ends              the connector is told when a request ends
+    lives             the script can play several requests at once, computed in parts of any size
     planned_loads     between the leader's answer and the worker's copy slots are held
     planned_saves     slots are reserved before the worker has anything to copy
     preempts          an engine may take a request's places and have it start anew
@@ -243,6 +244,8 @@ class EngineConnectorContract:
 
         What was computed by requests that lived undisturbed is found; at the end nothing is held.
         """
+        if "lives" not in self.capabilities:
+            return
         loaded = 0
 
         @settings(
