@@ -172,7 +172,7 @@ def _write(file: str, what: str, names: set[str], found: dict[str, Report]) -> N
         f"{name}=={found[name]['metadata']['version'].partition('+')[0]}" for name in sorted(names)
     ]
     header = [
-        f"# {what}: every package that `make env` installs for it, exactly pinned.",
+        f"# {what}: every package that is installed for it, exactly pinned.",
         "# Written by `make lock` (tools/lock.py); do not edit. Installed with --no-deps.",
     ]
     if ENGINE in names:

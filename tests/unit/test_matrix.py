@@ -195,6 +195,17 @@ def test_the_tested_releases_are_those_that_run(file, place) -> None:
     assert len(TESTED_VERSIONS["vllm"].releases) == 2, "each release needs a lane"
 
 
+def test_the_older_release_runs_beside_the_same_core() -> None:
+    """So that a failure there is the engine's."""
+    core, older = (
+        set((ROOT / "requirements" / file).read_text(encoding="utf-8").splitlines()[1:])
+        for file in ("lock.txt", "vllm-old.txt")
+    )
+    assert core - older == set(), "run make lock"
+    pins = [line for line in older if not line.startswith("#")]
+    assert [pin for pin in pins if not re.fullmatch(r"[a-z0-9-]+==[a-z0-9.]+", pin)] == []
+
+
 def test_the_wheel_has_it(tmp_path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
