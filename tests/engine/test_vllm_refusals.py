@@ -112,9 +112,9 @@ def test_tensor_of_unknown_geometry_is_refused(engine_on, monkeypatch):
 
     real_register = WorkerHalf.register
 
-    def register(self, caches, layer_names, rank):
+    def register(self, caches, layer_names, *place):
         turned = {name: cache.transpose(1, 2) for name, cache in caches.items()}
-        real_register(self, turned, layer_names, rank)
+        real_register(self, turned, layer_names, *place)
 
     monkeypatch.setattr(WorkerHalf, "register", register)
     assert "not contiguous pages" in _refusal(engine_on, {"tiers": "host:64MiB"}, LayoutError)
@@ -127,9 +127,9 @@ def test_tensor_of_another_type_is_refused(engine_on, monkeypatch):
 
     real_register = WorkerHalf.register
 
-    def register(self, caches, layer_names, rank):
+    def register(self, caches, layer_names, *place):
         cast = {name: cache.view(torch.int32) for name, cache in caches.items()}
-        real_register(self, cast, layer_names, rank)
+        real_register(self, cast, layer_names, *place)
 
     monkeypatch.setattr(WorkerHalf, "register", register)
     said = _refusal(engine_on, {"tiers": "host:64MiB"}, LayoutError)

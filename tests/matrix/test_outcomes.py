@@ -1,5 +1,8 @@
 """What the matrix says `works` ran in this run and passed; runs last, after every lane.
 
+Here `works` speaks of each engine's newest tested release. Of an older one that has a lane of its
+own (`make test-vllm-old`) what that lane names must have run, too.
+
 Each lane of `make test` writes what came of its tests below build/outcomes (`--outcomes`). With
 KVSTRATA_MATRIX=strict, as CI has it, a test that was skipped, or whose lane did not run, fails
 here; otherwise it is named and skipped, since not every machine can run every engine.
@@ -16,6 +19,7 @@ import pytest
 from kvstrata.connectors.matrix import matrix
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "outcomes"
+OLDER = FOLDER.parents[1] / "tests" / "engine" / "older.txt"
 NAMED = {
     engine: sorted({c.test for c in matrix() if (c.engine, c.status) == (engine, "works")})
     for engine in sorted({c.engine for c in matrix() if c.status == "works"})
@@ -43,6 +47,19 @@ def test_what_works_ran_and_passed(engine):
     elif unseen:
         count = f"{len(unseen)} of {len(NAMED[engine])}"
         pytest.skip(f"{engine}: {count} tests that the matrix names did not run here")
+
+
+def test_the_older_release_ran_and_passed():
+    found = FOLDER / "older" / "vllm.txt"
+    lines = found.read_text(encoding="utf-8").splitlines() if found.exists() else []
+    assert not [line for line in lines if line.startswith("failed ")]
+    named = OLDER.read_text(encoding="utf-8").split()
+    passed = tuple(line.removeprefix("passed ") for line in lines if line.startswith("passed "))
+    unseen = [name for name in named if not any(test.startswith(name) for test in passed)]
+    if os.environ.get("KVSTRATA_MATRIX") == "strict":
+        assert not unseen, "skipped, or `make test-vllm-old` did not run"
+    elif unseen:
+        pytest.skip(f"older vLLM: {len(unseen)} of {len(named)} tests did not run here")
 
 
 def test_only_what_passed_in_every_case_was_seen():

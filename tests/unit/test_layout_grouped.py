@@ -62,6 +62,42 @@ def test_ranks_have_a_part_each() -> None:
     assert mixed.dimensions == (Dimension("rank", 2), Dimension("byte", 256 + 512))
 
 
+def test_stages_move_no_byte_and_count_as_workers() -> None:
+    plain = grouped((replace(PAGE, ranks=2), (0, 1, 2), 0))
+    staged = replace(plain, stages=(range(2), range(2, 3)))
+    assert (plain.workers, staged.workers) == (2, 4)
+    assert (plain.can_bridge, staged.can_bridge) == (True, False)
+    assert staged.runs(8) == plain.runs(8)
+    assert staged.block_layout(8) == plain.block_layout(8)
+    assert plain.held_by(0) == range(3)
+    assert [staged.held_by(stage) for stage in (0, 1)] == [range(2), range(2, 3)]
+    for cache, stage in ((plain, 1), (staged, 2), (staged, -1)):
+        with pytest.raises(LayoutError, match=f"stage {stage} of") as told:
+            cache.held_by(stage)
+        assert told.value.hint
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        (range(1),),
+        (range(1), range(1, 3)),
+        (range(1), range(1)),
+        (range(1, 2), range(1)),
+        (range(2), range(2, 2)),
+    ],
+)
+def test_stages_that_are_not_each_layer_once_are_refused(stages) -> None:
+    with pytest.raises(LayoutError, match="do not split 2 layers of one group"):
+        replace(grouped((PAGE, (0, 1), 0)), stages=stages)
+
+
+def test_stages_of_several_groups_are_refused() -> None:
+    for cache in (grouped((PAGE, (0, 1), 8)), grouped((PAGE, (0,), 0), (PAGE, (1,), 0))):
+        with pytest.raises(LayoutError, match="of one group"):
+            replace(cache, stages=(range(1), range(1, 2)))
+
+
 def test_whoever_has_other_layers_has_another_layout() -> None:
     wide = replace(PAGE, channels=16)
     tall = replace(PAGE, heads=4)  # as many bytes as `wide`

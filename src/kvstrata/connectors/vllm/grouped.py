@@ -100,14 +100,16 @@ class GroupedPages:
         pages: Sequence[Sequence[NDArray[np.uint8]]],
         arena: Arena,
         rank: int,
+        held: range,
     ) -> None:
-        """`pages` has for each group its layers, each `[pages, page bytes]`."""
+        """`pages` has for each group the layers `held`, each `[pages, page bytes]`."""
         grid = arena.grid
         part_bytes = layout.block_bytes // cache.ranks
         self._layers: list[list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]] = [
             [] for _ in cache.groups
         ]
-        for run in cache.runs(layout.block_tokens):
+        runs = cache.runs(layout.block_tokens)
+        for run in (runs[layer] for layer in held):
             size = cache.groups[run.group].cache.page_bytes
             slots: NDArray[np.uint8] = np.ndarray(
                 (
@@ -120,7 +122,7 @@ class GroupedPages:
                 grid.base_bytes + rank * part_bytes + run.offset_bytes,
                 (grid.stride_bytes, size, 1),
             )
-            self._layers[run.group].append((pages[run.group][run.place], slots))
+            self._layers[run.group].append((pages[run.group][run.place - held.start], slots))
 
     def load(self, copy: PageCopy) -> None:
         """Fill pages from slots."""

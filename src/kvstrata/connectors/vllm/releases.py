@@ -1,6 +1,4 @@
-"""What an older vLLM lacks, imported only when the engine asks for it.
-
-So the connector can be imported there, and refuses it with the table of tested releases.
+"""What the older of the tested vLLM lacks, imported only when the engine asks for it.
 
 * 0.31 has no sources of hits by tier (`vllm.v1.metrics.cache_hit_source`) and never asks for them.
 """

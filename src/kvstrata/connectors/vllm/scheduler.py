@@ -99,7 +99,7 @@ class SchedulerHalf:
         self._block_tokens, self._block_bytes = layout.block_tokens, layout.block_bytes
         self._cache = cache
         self._page_tokens = cache.page_tokens
-        self._workers = cache.ranks
+        self._workers = cache.workers
         self._failed_loads_max = _FAILED_LOADS_MAX if cache.is_whole else 1  # all was lost
         self._enabled = enabled
         self._requests: dict[str, _Tracked] = {}

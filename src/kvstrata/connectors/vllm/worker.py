@@ -21,6 +21,7 @@ from kvstrata.connectors.vllm.bridged import BridgedPages
 from kvstrata.connectors.vllm.geometry import FP8_TENSORS
 from kvstrata.connectors.vllm.grouped import GroupedPages
 from kvstrata.connectors.vllm.metadata import LoadJob, SaveJob, StepPlan, StepReport
+from kvstrata.connectors.vllm.stages import check_stage
 from kvstrata.connectors.vllm.weights import WeightsWatch
 from kvstrata.core.errors import KvstrataError, LayoutError
 from kvstrata.layout import BlockLayout, Bridge, GroupedCache, PagedCache, page_view, rank_part
@@ -39,6 +40,7 @@ class WorkerHalf:
         self._cache = cache
         self._layout = layout
         self._rank = 0
+        self._held = range(0)  # which of the model's layers
         self._pages: list[list[NDArray[np.uint8]]] = []  # of each group
         self._arena: Arena | None = None
         self._blocks: GroupedPages | BridgedPages | None = None
@@ -52,9 +54,13 @@ class WorkerHalf:
         self.weights: WeightsWatch | None = None
 
     def register(
-        self, caches: dict[str, torch.Tensor], layer_names: list[list[str]], rank: int
+        self,
+        caches: dict[str, torch.Tensor],
+        layer_names: list[list[str]],
+        rank: int,
+        stage: int = 0,
     ) -> None:
-        """Take the caches of this rank, `layer_names` for each group.
+        """Take the caches of this rank and pipeline stage, `layer_names` for each group.
 
         Raises LayoutError unless each is exactly as expected.
         """
@@ -64,6 +70,7 @@ class WorkerHalf:
                 hint="this engine is unknown to kvstrata; run without the connector",
             )
         self._rank = rank
+        self._held = check_stage(self._cache, stage, (n for names in layer_names for n in names))
         known = {name for names in layer_names for name in names}
         if set(caches) != known:
             odd = sorted(set(caches) ^ known)[:3]
@@ -164,7 +171,7 @@ class WorkerHalf:
     def _copier(self, arena: Arena, held: BlockLayout) -> GroupedPages | BridgedPages:
         """Return what copies between the engine's pages and blocks of the layout `held`."""
         if held == self._layout:
-            return GroupedPages(self._cache, held, self._pages, arena, self._rank)
+            return GroupedPages(self._cache, held, self._pages, arena, self._rank, self._held)
         log.info("kvstrata re-arranges blocks of %s", held.describe())
         (group,), (layers,) = self._cache.groups, self._pages  # only such caches ask for a bridge
         pages = [layers[run.place] for run in self._cache.runs(self._layout.block_tokens)]
@@ -173,7 +180,8 @@ class WorkerHalf:
         )
 
     def _copied_bytes(self, job: LoadJob) -> int:
-        sizes = [group.cache.page_bytes * group.cache.layers for group in self._cache.groups]
+        pages = zip(self._cache.groups, self._pages, strict=True)
+        sizes = [group.cache.page_bytes * len(layers) for group, layers in pages]
         return sum(sizes[group] for group in job.copy.groups)
 
     def _load(self, job: LoadJob) -> Sequence[int]:
