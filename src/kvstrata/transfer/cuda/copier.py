@@ -88,6 +88,7 @@ class RunCopier:
         self._streams = streams
         self._mover = mover or EachRunMover(streams)
         self._closed = False
+        self._raised = ""  # what a mover's library said last
         self._stream = streams.stream_create()
         self._start = streams.event_create()
         self._tickets_max = tickets_max
@@ -113,7 +114,7 @@ class RunCopier:
         for runs in merged:
             code = code or self._move(runs) or ticket.record_layer(self._stream)
         if code:
-            name = self._streams.describe(code)
+            name = self._streams.describe(code) + self._raised
             ticket.error = TransferError(f"CUDA refused a copy ({name})", retryable=False)
         self._flying.append(ticket)
         if end := ticket.record_end(self._stream):  # nothing would ever tell its end
@@ -149,6 +150,7 @@ class RunCopier:
     def _move(self, runs: RunTable) -> int:
         try:
             return self._mover.move(runs, self._stream)
-        except Exception:  # a mover's library; some runs may be under way, and the end is told
+        except Exception as error:  # a mover's library; some runs may be under way, the end is told
             logger.exception("a device copy failed")
+            self._raised = f": {type(error).__name__}: {error}"
             return UNKNOWN
