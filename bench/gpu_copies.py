@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_machine import DIRECTIONS, Machine
+from gpu_rearrange import measure_rearranged
 
 from kvstrata.transfer.cuda.movers import EachRunMover
 from kvstrata.transfer.cuda.tables import RunTable
@@ -241,6 +242,9 @@ def measure_copies(machine: Machine, report: dict[str, Any]) -> list[dict[str, A
                 print(f"{geometry.name} {layout} {direction} {case.run_bytes} B: {rates}")
             del case
             machine.free_arenas()
+    for line in measure_rearranged(machine, limits):
+        lines.append(line)
+        print(f"rearranged {line}")
     return lines
 
 

@@ -19,7 +19,7 @@ from kvstrata.transfer.cuda.copier import RunCopier
 from kvstrata.transfer.cuda.libcudart import LibCudart
 from kvstrata.transfer.cuda.movers import BatchMover, EachRunMover, RunMover
 from kvstrata.transfer.cuda.pagelock import PageLock
-from kvstrata.transfer.cuda.triton_mover import TritonMover
+from kvstrata.transfer.cuda.triton_mover import TritonMover, TritonRearranger
 
 DIRECTIONS = ("to_host", "to_device")
 
@@ -81,6 +81,7 @@ class Machine:
         self._ends = time.monotonic() + limit_s
         self._locks: list[tuple[PageLock, mmap.mmap]] = []
         self.absent: dict[str, str] = {}
+        self.rearranger: TritonRearranger | None = None
         self.movers: dict[str, RunMover] = {"runs": EachRunMover(self.streams)}
         for name, make in (("batch", self._batch), ("triton", self._triton)):
             if name in without:
@@ -112,7 +113,12 @@ class Machine:
 
     def copier(self, mover: str) -> RunCopier:
         """Return a new copier, with a stream of its own."""
-        return RunCopier(self.streams, tickets_max=4, mover=self.movers[mover])
+        return RunCopier(
+            self.streams,
+            tickets_max=4,
+            mover=self.movers[mover],
+            rearranger=self.rearranger if mover == "triton" else None,
+        )
 
     def empty(self, *shape: int) -> torch.Tensor:
         """Return device memory, uint8."""
@@ -162,6 +168,7 @@ class Machine:
         return BatchMover(FakeCudaBindings(self.streams, Random(0)))
 
     def _triton(self) -> RunMover:
+        self.rearranger = TritonRearranger(device=self.device, programs=4 if self.dry else 32)
         return TritonMover(device=self.device, programs=4 if self.dry else 32)
 
 

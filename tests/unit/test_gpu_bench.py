@@ -44,9 +44,13 @@ def test_the_dry_run_goes_through_every_part_and_keeps_nothing(tmp_path):
     report = json.loads((tmp_path / "dry.json").read_text())
     assert report["dry_run"] is True
     parts = {name: part["result"] for name, part in report["parts"].items()}
+    rearranged = [line for line in parts["copies"] if "rearranged" in line]
+    assert len(rearranged) == 4 * 2
     for line in parts["copies"]:
-        assert {"fragments", "torch", "runs", "batch"} <= set(line["ways"])
+        naive = set() if line in rearranged else {"fragments", "torch"}
+        assert naive | {"runs", "batch"} <= set(line["ways"])
     assert parts["exact"]["copies_checked"] >= 4 * 2 * 8
+    assert parts["exact"]["rearranged_checked"] >= 4 * 2 * 2
     (hit,) = parts["ttft"]
     assert hit["runs"]["same_token"]
     assert hit["runs"]["logits_difference_max"] < 1e-3
