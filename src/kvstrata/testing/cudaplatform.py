@@ -158,8 +158,15 @@ class FakeDevicePlatform:
         return self.engine
 
     def makers(self, spaces: Sequence[Any]) -> Mapping[str, Callable[[], RunMover]]:
-        """See `DevicePlatform`; the reference moves run by run, with torch or without."""
-        del spaces
+        """See `DevicePlatform`; copies reach `spaces`, tensors or arrays, from now on.
+
+        The reference moves run by run, with torch or without.
+        """
+        for space in spaces:
+            if isinstance(space, np.ndarray):
+                self.memory.allow(space.ctypes.data, space.nbytes)
+            else:
+                self.memory.allow(int(space.data_ptr()), int(space.nbytes))
         plain: dict[str, Callable[[], RunMover]] = {
             "batch": lambda: BatchMover(FakeCudaBindings(self.fake_streams, self._random)),
             "runs": lambda: EachRunMover(self.streams),
