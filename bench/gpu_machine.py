@@ -67,13 +67,20 @@ class HostStreams:
 class Machine:
     """The device, its streams, its movers, and page-locked memory."""
 
-    def __init__(self, *, dry: bool, limit_s: float, without: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        dry: bool,
+        limit_s: float,
+        without: Iterable[str] = (),
+        disk: Path | None = None,
+    ) -> None:
         """Look at the machine; raises ConfigError without a GPU unless `dry`."""
         if not dry and not torch.cuda.is_available():
             raise ConfigError(
                 "no GPU: torch sees none", hint="--dry-run shows on the CPU that all parts run"
             )
-        self.dry = dry
+        self.dry, self.disk = dry, disk
         self.device = "cpu" if dry else "cuda"
         self.name = "dry" if dry else torch.cuda.get_device_name()
         self.streams: Any = HostStreams() if dry else _cudart()
