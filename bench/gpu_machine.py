@@ -16,9 +16,9 @@ import torch
 
 from kvstrata.core.errors import ConfigError
 from kvstrata.transfer.cuda.copier import RunCopier
-from kvstrata.transfer.cuda.libcudart import LibCudart
 from kvstrata.transfer.cuda.movers import BatchMover, EachRunMover, RunMover
 from kvstrata.transfer.cuda.pagelock import PageLock
+from kvstrata.transfer.cuda.torchcuda import load_cudart
 from kvstrata.transfer.cuda.triton_mover import TritonMover, TritonRearranger
 
 DIRECTIONS = ("to_host", "to_device")
@@ -83,7 +83,7 @@ class Machine:
         self.dry, self.disk = dry, disk
         self.device = "cpu" if dry else "cuda"
         self.name = "dry" if dry else torch.cuda.get_device_name()
-        self.streams: Any = HostStreams() if dry else _cudart()
+        self.streams: Any = HostStreams() if dry else load_cudart()
         self.arena_kind = "bare" if dry else "page-locked"
         self._ends = time.monotonic() + limit_s
         self._locks: list[tuple[PageLock, mmap.mmap]] = []
@@ -177,14 +177,3 @@ class Machine:
     def _triton(self) -> RunMover:
         self.rearranger = TritonRearranger(device=self.device, programs=4 if self.dry else 32)
         return TritonMover(device=self.device, programs=4 if self.dry else 32)
-
-
-def _cudart() -> LibCudart:
-    """Return the runtime that torch has loaded, else the one beside torch."""
-    try:
-        return LibCudart()
-    except ConfigError:
-        beside = Path(torch.__file__).parents[1] / "nvidia"
-        for found in sorted(beside.glob("**/libcudart.so.*")):
-            return LibCudart(str(found))
-        raise
