@@ -225,6 +225,24 @@ def test_an_arena_stays_mapped_and_locked_until_its_copies_ended():
     assert world.platform.fake_runtime.registered == {}
 
 
+def test_a_copy_that_ends_while_its_arena_is_given_back_is_still_reported():
+    world = World().start()
+    world.step(loads=[world.load(0, [1, 2])])
+    streams = world.platform.fake_streams
+    asked = streams.event_happened
+
+    def then_everything_happens(event):
+        happened = asked(event)
+        world.platform.drain()
+        return happened
+
+    streams.event_happened = then_everything_happens
+    world.arenas.append(world.new_arena())
+    reports = [world.step(), world.step()]
+    assert [report.loaded for report in reports if report.loaded] == [{"r": 0}]
+    assert world.worker._retired == []
+
+
 def test_a_copy_that_the_device_refuses_fails_when_the_device_is_done():
     world = World().start()
     world.platform.fake_streams.copies_before_failure = 1
