@@ -3,7 +3,8 @@
     python bench/gpu.py [--part NAME] [--without NAME] [--json FILE] [--limit-s N]
     python bench/gpu.py --dry-run
 
-Writes bench/results/gpu-<device>.json after each part: limits, copies, interference, exact, ttft.
+Writes bench/results/gpu-<device>.json after each part: limits, copies, choose,
+interference, exact, ttft.
 On a GPU each part has a process of its own: what breaks the device's context breaks one part.
 Needs torch and numpy; triton, cuda-bindings and transformers for what they are measured with, and
 says what is missing. Nothing is installed: it uses src/ beside it. `--dry-run` runs all of it on
@@ -26,7 +27,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "src"))
-PARTS = ("limits", "copies", "interference", "exact", "ttft")
+PARTS = ("limits", "copies", "choose", "interference", "exact", "ttft")
 
 
 def measure(options: argparse.Namespace, chosen: list[str], path: Path | None) -> dict[str, Any]:
@@ -39,11 +40,17 @@ def measure(options: argparse.Namespace, chosen: list[str], path: Path | None) -
     calls = {
         "limits": gpu_copies.measure_limits,
         "copies": gpu_copies.measure_copies,
+        "choose": gpu_copies.measure_choice,
         "interference": gpu_load.measure_interference,
         "exact": gpu_exact.check_exact,
         "ttft": gpu_load.measure_ttft,
     }
-    machine = Machine(dry=options.dry_run, limit_s=options.limit_s, without=options.without)
+    machine = Machine(
+        dry=options.dry_run,
+        limit_s=options.limit_s,
+        without=options.without,
+        disk=options.disk,
+    )
     report = _before(path, machine.name)
     report |= {"dry_run": options.dry_run}
     for part in chosen:
@@ -74,6 +81,7 @@ def measure_apart(options: argparse.Namespace, chosen: list[str], path: Path) ->
         command = [sys.executable, str(HERE / "gpu.py"), "--part", part, "--json", str(path)]
         command += ["--limit-s", f"{left_s:.0f}", *(["--dry-run"] if options.dry_run else [])]
         command += [word for name in options.without for word in ("--without", name)]
+        command += ["--disk", str(options.disk)] if options.disk else []
         try:
             code = subprocess.run(command, check=False, timeout=left_s + 60).returncode
             reason = f"its process ended with {code}"
@@ -123,6 +131,7 @@ def main(given: list[str]) -> int:
     parser.add_argument("--part", choices=PARTS, action="append", help="only this; repeatable")
     parser.add_argument("--json", type=Path, help="where the result goes")
     parser.add_argument("--limit-s", type=float, default=480.0, help="begin nothing after that")
+    parser.add_argument("--disk", type=Path, help="where the slab of part ttft goes; not a tmpfs")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU; the result is not kept")
     parser.add_argument("--apart", action="store_true", help="a dry run, a process for each part")
     parser.add_argument(
@@ -154,6 +163,9 @@ def main(given: list[str]) -> int:
     print(f"ran: {', '.join(part for part in ran if part not in failed)}")
     for part in failed:
         print(f"failed: {part}: {ran[part]['error']}")
+    for line in ran.get("ttft", {}).get("result", []):
+        if reason := line.get("disk", {}).get("absent"):
+            print(f"absent: hits on disk: {reason}")
     for name, reason in report["machine"].get("absent_movers", {}).items():
         print(f"absent: {name}: {reason}")
     return int(bool(failed))

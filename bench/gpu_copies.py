@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from random import Random
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from gpu_machine import DIRECTIONS, Machine
+from gpu_rearrange import measure_rearranged
 
+from kvstrata.transfer.cuda.choose import CopyShape
 from kvstrata.transfer.cuda.movers import EachRunMover
+from kvstrata.transfer.cuda.survey import try_platform
 from kvstrata.transfer.cuda.tables import RunTable
+from kvstrata.transfer.cuda.torchcuda import TorchCuda
 
 POISON = 0xEE
 
@@ -241,7 +246,29 @@ def measure_copies(machine: Machine, report: dict[str, Any]) -> list[dict[str, A
                 print(f"{geometry.name} {layout} {direction} {case.run_bytes} B: {rates}")
             del case
             machine.free_arenas()
+    for line in measure_rearranged(machine, limits):
+        lines.append(line)
+        print(f"rearranged {line}")
     return lines
+
+
+def measure_choice(machine: Machine, report: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    """Return what a worker would choose at its start, and how long that took."""
+    began = time.perf_counter()
+    if machine.dry:
+        from kvstrata.testing.cudaplatform import FakeDevicePlatform
+
+        shape = CopyShape("tiny", layers=2, parts=2, run_bytes=8, blocks=4)
+        copiers, choices = try_platform(FakeDevicePlatform(Random(0)), [shape])
+    else:
+        copiers, choices = try_platform(TorchCuda())
+    for each in choices:
+        print(f"choose {each.shape} {each.direction}: {each.reason}")
+    return {
+        "took_s": round(time.perf_counter() - began, 2),
+        "copiers": [asdict(each) for each in copiers],
+        "choices": [asdict(each) for each in choices],
+    }
 
 
 def _one_line(case: Case, direction: str, all_ways: dict[str, Way], limit: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from gpu_copies import GEOMETRIES, LAYOUTS, POISON, TINY, Case, Geometry, ways
 from gpu_machine import DIRECTIONS, Machine
+from gpu_rearrange import check_rearranged
 
 ODD = (Geometry("odd-bytes", 3, 2, 7, 3), Geometry("odd-words", 2, 2, 333 * 4, 5))
 
@@ -31,7 +32,12 @@ def check_exact(machine: Machine, report: dict[str, Any]) -> dict[str, Any]:  # 
                     checked += 1
             del case, source, target, sides
             machine.free_arenas()
-    return {"copies_checked": checked, "wrong": 0, "ordered": _check_order(machine)}
+    return {
+        "copies_checked": checked,
+        "rearranged_checked": check_rearranged(machine),
+        "wrong": 0,
+        "ordered": _check_order(machine),
+    }
 
 
 def _check_order(machine: Machine) -> int:

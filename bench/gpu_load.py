@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,11 @@ from typing import Any
 
 import torch
 from gpu_copies import GEOMETRIES, POISON, TINY, Case, Geometry
+from gpu_disk import DiskTier, place
 from gpu_machine import DIRECTIONS, Machine
+
+from kvstrata.core.errors import ConfigError
+from kvstrata.transfer.cuda.tables import RunTable
 
 BLOCK_TOKENS = 16
 ROUNDS = 3
@@ -136,9 +141,14 @@ class Model:
         shape = (self.layers, 2, 1, tokens, self.heads, self.channels)
         return case.cache.view(self.dtype).view(shape).transpose(3, 4)
 
-    def hit(self, ids: torch.Tensor, case: Case, copier: Any) -> torch.Tensor:
-        """Return the logits of the last token with all blocks from the host, layer by layer."""
-        ticket = copier.submit(case.tables("to_device"), self.machine.engine_stream)
+    def hit(
+        self, ids: torch.Tensor, case: Case, copier: Any, tables: list[RunTable] | None = None
+    ) -> torch.Tensor:
+        """Return the logits of the last token with all blocks from the host, layer by layer.
+
+        `tables` are the runs if the blocks lie elsewhere than in the case's own arena.
+        """
+        ticket = copier.submit(tables or case.tables("to_device"), self.machine.engine_stream)
         cache, views = self.make_cache(), self.views(case)
         blank = torch.zeros_like(views[0, 0][..., :1, :])
         for layer in range(self.layers):
@@ -167,7 +177,7 @@ class Model:
 
 
 def measure_ttft(machine: Machine, report: dict[str, Any]) -> list[dict[str, Any]]:  # noqa: ARG001
-    """Return ms to the first token: all computed, and with all but the last block from the host."""
+    """Return ms to the first token: all computed, and all but the last block from host or disk."""
     model, lines = Model(machine), []
     for tokens in (64,) if machine.dry else (8192, 16384, 32768):
         if machine.late:
@@ -212,7 +222,67 @@ def _lengths(model: Model, tokens: int) -> dict[str, Any]:
         machine.sync()
         copier.close()
     saver.close()
+    line["disk"] = _from_disk(model, ids, case, expected, line["cold_ms"])
     return line
+
+
+def _from_disk(
+    model: Model, ids: torch.Tensor, case: Case, expected: torch.Tensor, cold_ms: float
+) -> dict[str, Any]:
+    """Return ms to the first token with the blocks on disk, or why it could not be measured."""
+    machine = model.machine
+    if machine.late:
+        return {"absent": "out of time"}
+    directory = place(machine.disk)
+    try:
+        tier = DiskTier(
+            machine, directory, block_tokens=BLOCK_TOKENS, shape=(case.outer, case.run_bytes),
+            blocks=case.blocks,
+        )  # fmt: skip
+    except ConfigError as error:
+        shutil.rmtree(directory)
+        return {"absent": str(error)}
+    try:
+        line = _disk_line(model, ids, case, expected, tier)
+        return line | {"cold_by_hit": round(cold_ms / line["hit_ms"], 2)}
+    finally:
+        tier.close()
+        shutil.rmtree(directory)
+
+
+def _disk_line(
+    model: Model, ids: torch.Tensor, case: Case, expected: torch.Tensor, tier: DiskTier
+) -> dict[str, Any]:
+    machine = model.machine
+    tokens = ids[0, : case.blocks * BLOCK_TOKENS].tolist()
+    tier.keep(tokens, case.host)
+    tier.forget_host()
+    case.cache.fill_(POISON)
+    machine.sync()
+    copier, read_s = machine.copier("runs"), []
+
+    def go() -> torch.Tensor:
+        slots, staged, seconds = tier.fetch(tokens)
+        assert staged == {"disk": case.blocks}, f"blocks came from {staged}"
+        read_s.append(seconds)
+        return model.hit(ids, case, copier, tier.tables(slots, case))
+
+    def after() -> None:
+        machine.sync()
+        copier.poll()
+        tier.check()
+        tier.forget_host()
+
+    spent, logits = _timed(go, after)
+    copier.close()
+    return {
+        "hit_ms": spent,
+        "read_ms": round(1e3 * median(read_s), 3),
+        "read_gb_per_s": round(case.total_bytes / median(read_s) / 1e9, 2),
+        "blocks_from_disk": case.blocks,
+        "same_token": bool(logits.argmax() == expected.argmax()),
+        "logits_difference_max": round(float((logits - expected).abs().max()), 5),
+    }
 
 
 def _timed(call: Any, after: Any = None) -> tuple[float, torch.Tensor]:

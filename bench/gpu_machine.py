@@ -16,10 +16,10 @@ import torch
 
 from kvstrata.core.errors import ConfigError
 from kvstrata.transfer.cuda.copier import RunCopier
-from kvstrata.transfer.cuda.libcudart import LibCudart
 from kvstrata.transfer.cuda.movers import BatchMover, EachRunMover, RunMover
 from kvstrata.transfer.cuda.pagelock import PageLock
-from kvstrata.transfer.cuda.triton_mover import TritonMover
+from kvstrata.transfer.cuda.torchcuda import load_cudart
+from kvstrata.transfer.cuda.triton_mover import TritonMover, TritonRearranger
 
 DIRECTIONS = ("to_host", "to_device")
 
@@ -67,20 +67,28 @@ class HostStreams:
 class Machine:
     """The device, its streams, its movers, and page-locked memory."""
 
-    def __init__(self, *, dry: bool, limit_s: float, without: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        dry: bool,
+        limit_s: float,
+        without: Iterable[str] = (),
+        disk: Path | None = None,
+    ) -> None:
         """Look at the machine; raises ConfigError without a GPU unless `dry`."""
         if not dry and not torch.cuda.is_available():
             raise ConfigError(
                 "no GPU: torch sees none", hint="--dry-run shows on the CPU that all parts run"
             )
-        self.dry = dry
+        self.dry, self.disk = dry, disk
         self.device = "cpu" if dry else "cuda"
         self.name = "dry" if dry else torch.cuda.get_device_name()
-        self.streams: Any = HostStreams() if dry else _cudart()
+        self.streams: Any = HostStreams() if dry else load_cudart()
         self.arena_kind = "bare" if dry else "page-locked"
         self._ends = time.monotonic() + limit_s
         self._locks: list[tuple[PageLock, mmap.mmap]] = []
         self.absent: dict[str, str] = {}
+        self.rearranger: TritonRearranger | None = None
         self.movers: dict[str, RunMover] = {"runs": EachRunMover(self.streams)}
         for name, make in (("batch", self._batch), ("triton", self._triton)):
             if name in without:
@@ -112,7 +120,12 @@ class Machine:
 
     def copier(self, mover: str) -> RunCopier:
         """Return a new copier, with a stream of its own."""
-        return RunCopier(self.streams, tickets_max=4, mover=self.movers[mover])
+        return RunCopier(
+            self.streams,
+            tickets_max=4,
+            mover=self.movers[mover],
+            rearranger=self.rearranger if mover == "triton" else None,
+        )
 
     def empty(self, *shape: int) -> torch.Tensor:
         """Return device memory, uint8."""
@@ -162,15 +175,5 @@ class Machine:
         return BatchMover(FakeCudaBindings(self.streams, Random(0)))
 
     def _triton(self) -> RunMover:
+        self.rearranger = TritonRearranger(device=self.device, programs=4 if self.dry else 32)
         return TritonMover(device=self.device, programs=4 if self.dry else 32)
-
-
-def _cudart() -> LibCudart:
-    """Return the runtime that torch has loaded, else the one beside torch."""
-    try:
-        return LibCudart()
-    except ConfigError:
-        beside = Path(torch.__file__).parents[1] / "nvidia"
-        for found in sorted(beside.glob("**/libcudart.so.*")):
-            return LibCudart(str(found))
-        raise

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from kvstrata.core.errors import ConfigError
 from kvstrata.testing.cuda import FakeCudaRuntime
 from kvstrata.transfer.cuda.libcudart import LibCudart
-from kvstrata.transfer.cuda.pagelock import PageLock
+from kvstrata.transfer.cuda.pagelock import BackgroundLock, PageLock
 
 START = 0x10000
 
@@ -57,6 +59,47 @@ def test_a_piece_that_is_not_given_back_is_told_and_tried_again():
     runtime.stuck.clear()
     assert lock.close() == 0
     assert runtime.registered == {}
+
+
+def test_a_thread_locks_beside_the_engine_and_gives_back_what_it_has_when_stopped():
+    runtime, entered, go = FakeCudaRuntime(1000), threading.Event(), threading.Event()
+
+    def enter():
+        entered.set()
+        assert go.wait(10)
+
+    lock = BackgroundLock(runtime, START, 100, enter_thread=enter, piece_bytes=40)
+    assert entered.wait(10)
+    assert not lock.is_ready
+    assert not lock.close(), "its thread has yet to end"
+    go.set()
+    lock.join(10)
+    assert runtime.registered == {START: 40}, "it stops after the piece at hand"
+    assert not lock.is_ready
+    assert lock.close()
+    assert runtime.registered == {}
+
+
+def test_a_thread_tells_when_all_is_locked_or_why_not(caplog):
+    runtime = FakeCudaRuntime(100)
+    lock = BackgroundLock(runtime, START, 100, enter_thread=lambda: None, piece_bytes=40)
+    lock.join(10)
+    assert lock.is_ready
+    assert lock.error is None
+    more = BackgroundLock(runtime, START + 100, 10, enter_thread=lambda: None)
+    more.join(10)
+    assert not more.is_ready
+    assert "memlock" in str(more.error)
+    assert "copies nothing" in caplog.text
+    assert lock.close()
+    assert more.close()
+
+    def lost():
+        raise RuntimeError("no such device")
+
+    broken = BackgroundLock(runtime, START, 10, enter_thread=lost)
+    broken.join(10)
+    assert "no such device" in str(broken.error)
 
 
 def test_a_missing_library_is_told_with_its_remedy():

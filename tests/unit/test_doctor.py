@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from kvstrata.apps.cli import doctor
+from kvstrata.transfer.cuda.torchcuda import driver_absent
 from kvstrata.transfer.registry import Choice
 
 
@@ -39,6 +40,10 @@ def test_json_is_all_of_stdout_and_names_everything(found):
         ("backend", "memcpy"),
         ("backend", "posix"),
         ("backend", "nixl"),
+        ("device copier", "batch"),
+        ("device copier", "runs"),
+        ("device copier", "triton"),
+        ("device copier", "torch"),
         ("nixl plug-in", "nixl"),
         ("store", "arena"),
         ("store", "object"),
@@ -64,10 +69,22 @@ def test_each_pair_of_a_node_without_peers_has_a_backend(found):
         assert all(each["why"] for each in chosen[pair]["candidates"])
 
 
+def test_without_a_gpu_no_device_copier_is_usable_nor_chosen(found):
+    if not driver_absent():
+        pytest.skip("a CUDA driver is here: this is about machines without one")
+    lines = [each for each in found["findings"] if each["group"] == "device copier"]
+    assert len(lines) == 4
+    for each in lines:
+        assert not each["usable"]
+        assert "no CUDA driver" in each["why"]
+        assert "install its driver" in each["remedy"]
+    assert found["device_choices"] == []
+
+
 def test_a_table_for_people():
     done = _doctor()
     assert done.returncode == 0, done.stderr
-    for word in ("memcpy", "memlock", "which backend moves what"):
+    for word in ("memcpy", "memlock", "device copier", "which backend moves what"):
         assert word in done.stdout
 
 

@@ -39,17 +39,49 @@ def test_the_dry_run_goes_through_every_part_and_keeps_nothing(tmp_path):
     before = sorted((BENCH / "results").iterdir())
     done = run("--dry-run", "--json", str(tmp_path / "dry.json"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "ran: limits, copies, interference, exact, ttft" in done.stdout
+    assert "ran: limits, copies, choose, interference, exact, ttft" in done.stdout
     assert sorted((BENCH / "results").iterdir()) == before
     report = json.loads((tmp_path / "dry.json").read_text())
     assert report["dry_run"] is True
     parts = {name: part["result"] for name, part in report["parts"].items()}
+    rearranged = [line for line in parts["copies"] if "rearranged" in line]
+    assert len(rearranged) == 4 * 2
     for line in parts["copies"]:
-        assert {"fragments", "torch", "runs", "batch"} <= set(line["ways"])
+        naive = set() if line in rearranged else {"fragments", "torch"}
+        assert naive | {"runs", "batch"} <= set(line["ways"])
     assert parts["exact"]["copies_checked"] >= 4 * 2 * 8
+    assert parts["exact"]["rearranged_checked"] >= 4 * 2 * 2
+    assert [each["direction"] for each in parts["choose"]["choices"]] == ["to_host", "to_device"]
+    assert all(each["name"] for each in parts["choose"]["choices"])
+    assert all(each["usable"] for each in parts["choose"]["copiers"])
     (hit,) = parts["ttft"]
     assert hit["runs"]["same_token"]
     assert hit["runs"]["logits_difference_max"] < 1e-3
+    assert "msgspec" in hit["disk"]["absent"]
+    assert "absent: hits on disk: no daemon" in done.stdout
+
+
+@pytest.mark.transformers
+@pytest.mark.slow
+def test_a_hit_on_disk_comes_from_the_slab_and_gives_the_same_token(tmp_path):
+    out, disk = tmp_path / "dry.json", tmp_path / "disk"
+    command = [sys.executable, str(BENCH / "gpu.py"), "--dry-run", "--part", "ttft"]
+    done = subprocess.run(
+        [*command, "--json", str(out), "--disk", str(disk), "--without", "triton"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (line,) = json.loads(out.read_text())["parts"]["ttft"]["result"]
+    found = line["disk"]
+    assert found["blocks_from_disk"] == 3
+    assert found["same_token"]
+    assert found["logits_difference_max"] < 1e-3
+    assert found["hit_ms"] >= found["read_ms"] > 0
+    assert list(disk.iterdir()) == []
 
 
 @pytest.mark.transformers

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
+from typing import Protocol
 
 from kvstrata.transfer.cuda.runtime import ALREADY_REGISTERED
 
-__all__ = ["FakeCudaBindings", "FakeCudaRuntime", "FakeCudaStreams"]
+__all__ = ["Bytes", "FakeCudaBindings", "FakeCudaRuntime", "FakeCudaStreams"]
 
 _NAMES = {
     1: "cudaErrorInvalidValue",
@@ -16,6 +17,22 @@ _NAMES = {
     999: "cudaErrorUnknown",
 }
 _NOT_REGISTERED = 713
+
+
+class Bytes(Protocol):
+    """Memory by address, a byte at a time."""
+
+    def __len__(self) -> int:
+        """Return the end of all addresses."""
+        ...
+
+    def __getitem__(self, address: int, /) -> int:
+        """Return a byte."""
+        ...
+
+    def __setitem__(self, address: int, value: int, /) -> None:
+        """Write a byte."""
+        ...
 
 
 class FakeCudaRuntime:
@@ -57,7 +74,7 @@ class FakeCudaRuntime:
 class FakeCudaStreams:
     """Streams as queues that advance in any order, one byte at a time, over one memory."""
 
-    def __init__(self, memory: bytearray, random: Random) -> None:
+    def __init__(self, memory: Bytes, random: Random) -> None:
         """Copies read and write `memory`, by address."""
         self.memory = memory
         self.copies_before_failure: int | None = None
@@ -68,6 +85,7 @@ class FakeCudaStreams:
         self._happened: dict[int, int] = {}
         self._events = 0
         self._destroyed: set[int] = set()
+        self._stalled: set[int] = set()
 
     def stream_create(self) -> int:
         """Return a new stream."""
@@ -130,6 +148,10 @@ class FakeCudaStreams:
         self._queues[stream].extend(("copy", target + i, source + i) for i in range(length_bytes))
         return 0
 
+    def stall(self, stream: int) -> None:
+        """Let nothing more happen on a stream."""
+        self._stalled.add(stream)
+
     def launch(self, stream: int, kernel: Callable[[], None]) -> None:
         """Queue a kernel, which runs at once when its turn comes."""
         self._queues[stream].append(kernel)
@@ -140,7 +162,11 @@ class FakeCudaStreams:
 
     def advance(self) -> bool:
         """Let one stream that can do one thing; return whether any could."""
-        ready = [queue for queue in self._queues if queue and not self._blocked(queue[0])]
+        ready = [
+            queue
+            for stream, queue in enumerate(self._queues)
+            if queue and stream not in self._stalled and not self._blocked(queue[0])
+        ]
         if not ready:
             return False
         done = self._random.choice(ready).pop(0)

@@ -29,6 +29,8 @@ from kvstrata.storage.memory import machine_memory_bytes
 from kvstrata.storage.plugged import ENTRY_POINTS as STORES
 from kvstrata.transfer.backends.nixl.binding import INSTALL_HINT, nixl_version
 from kvstrata.transfer.backends.nixl.probe import probe_plugins
+from kvstrata.transfer.cuda.choose import CopierChoice
+from kvstrata.transfer.cuda.survey import survey
 from kvstrata.transfer.mover import check_mover, decide, mover_names, try_movers
 from kvstrata.transfer.registry import ENTRY_POINTS as BACKENDS
 from kvstrata.transfer.registry import Choice, choose
@@ -54,7 +56,7 @@ class Finding:
     """One thing that was looked at."""
 
     group: str
-    """What it belongs to: backend, nixl plug-in, store, plug-in, engine, host."""
+    """What it belongs to: backend, device copier, nixl plug-in, store, plug-in, engine, host."""
     name: str
     """What it is."""
     usable: bool
@@ -71,8 +73,10 @@ def run_doctor(directory: Path | None, backend: str, *, as_json: bool) -> int:
     `backend` is the daemon's setting for its mover of files.
     """
     choices = [*choose(progress=_say), *_file_choices(backend, directory)]
+    copiers, device_choices = survey(_say)
     findings = [
         *_backends(choices),
+        *(Finding("device copier", e.name, e.usable, e.why, e.remedy) for e in copiers),
         *_plugins(_say),
         *_stores(directory),
         *_packages(),
@@ -83,10 +87,11 @@ def run_doctor(directory: Path | None, backend: str, *, as_json: bool) -> int:
         told = {
             "findings": [asdict(each) for each in findings],
             "choices": [asdict(each) for each in choices],
+            "device_choices": [asdict(each) for each in device_choices],
         }
         typer.echo(json.dumps(told, indent=2))
     else:
-        _print(findings, choices)
+        _print(findings, choices, device_choices)
     return int(any(each.pair in _REQUIRED and each.name is None for each in choices))
 
 
@@ -268,7 +273,9 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _print(findings: list[Finding], choices: list[Choice]) -> None:
+def _print(
+    findings: list[Finding], choices: list[Choice], device_choices: list[CopierChoice]
+) -> None:
     console = Console()
     table = Table(title="what works here")
     for column in ("", "what", "usable", "why", "remedy"):
@@ -281,4 +288,7 @@ def _print(findings: list[Finding], choices: list[Choice]) -> None:
         chosen.add_column(column, overflow="fold")
     for choice in choices:
         chosen.add_row(*choice.pair, choice.name or "none", choice.reason)
+    for found in device_choices:
+        sides = ("device", "memory") if found.direction == "to_host" else ("memory", "device")
+        chosen.add_row(*sides, found.name or "none", f"{found.shape}: {found.reason}")
     console.print(chosen, markup=False)

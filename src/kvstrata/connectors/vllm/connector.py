@@ -22,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvstrata.connectors.vllm.adapters import LoadedAdapters
+from kvstrata.connectors.vllm.deviceworker import worker_half
 from kvstrata.connectors.vllm.geometry import engine_cache
 from kvstrata.connectors.vllm.identity import vllm_namespace
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
@@ -71,7 +72,8 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.WORKER:
-            self._worker = WorkerHalf(cache, layout)
+            kind = str(vllm_config.device_config.device_type)
+            self._worker = worker_half(cache, layout, settings, kind, alone=self._parent is None)
             return
         self._recompute_failed_loads()
         namespace = vllm_namespace(

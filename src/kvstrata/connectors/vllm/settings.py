@@ -16,6 +16,7 @@ from kvstrata.core.config import (
 from kvstrata.core.errors import ConfigError
 from kvstrata.core.tenants import TENANT_NAME_MAX
 from kvstrata.runtime.session import SessionLimits
+from kvstrata.transfer.cuda.choose import AUTO, check_copier_name
 
 __all__ = ["ConnectorSettings", "read_settings"]
 
@@ -50,6 +51,9 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """Longest wait of a request for its blocks to come from disk (private daemon)."""
     retry_interval_s: _Seconds = 1.0
     """Time between two attempts to reach a daemon that is gone."""
+    device_copier: str = AUTO
+    """What copies between a GPU and the host: auto tries all at start and takes the fastest that is
+    exact; batch, runs, triton, or torch, which is the reference. Not read where there is no GPU."""
 
     def block_tokens_for(self, page_tokens: int) -> int:
         """Return the tokens in one block for an engine with pages of `page_tokens`."""
@@ -78,9 +82,11 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 def read_settings(extra_config: Mapping[str, Any]) -> ConnectorSettings:
     """Return the checked settings; raises ConfigError that names the key and what it may be."""
     try:
-        return msgspec.convert(dict(extra_config), ConnectorSettings)
+        settings = msgspec.convert(dict(extra_config), ConnectorSettings)
     except msgspec.ValidationError as error:
         raise ConfigError(
             f"kv_connector_extra_config: {error}",
             hint=f"known keys are {', '.join(ConnectorSettings.__struct_fields__)}",
         ) from error
+    check_copier_name(settings.device_copier)
+    return settings

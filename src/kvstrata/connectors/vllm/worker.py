@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from kvstrata.core.errors import KvstrataError, LayoutError
 from kvstrata.layout import BlockLayout, Bridge, GroupedCache, PagedCache, page_view, rank_part
 from kvstrata.storage.arena import Arena
 
-__all__ = ["WorkerHalf"]
+__all__ = ["WorkerHalf", "pages_of"]
 
 log = logging.getLogger("kvstrata.vllm")
 
@@ -79,7 +80,7 @@ class WorkerHalf:
                 hint="this engine's KV layout is unknown to kvstrata; run without the connector",
             )
         self._pages = [
-            [_view(group.cache, name, caches[name]) for name in names]
+            [self._taken(group.cache, name, caches[name]) for name in names]
             for group, names in zip(self._cache.groups, layer_names, strict=True)
         ]
         if len({len(pages) for layers in self._pages for pages in layers}) != 1:
@@ -99,18 +100,7 @@ class WorkerHalf:
         for job in plan.loads:
             began = time.perf_counter()
             failed = self._load(job)
-            if not failed:
-                self._report.copied_bytes += self._copied_bytes(job)
-                self._report.copied_s += time.perf_counter() - began
-            # vLLM computes from the first failed page on, whatever lies behind it.
-            good = min(map(job.copy.pages.index, failed), default=len(job.copy.pages))
-            if self._cache.is_whole:
-                self._failed_pages.update(job.lost_pages, failed)
-                self._report.failed_pages.update(job.lost_pages, failed)
-            elif job.lost_pages or failed:  # a shorter prefix would need other pages of a window
-                self._failed_requests.add(job.request)
-                good = 0
-            self._report.loaded[job.request] = good
+            self._loaded(job, failed, time.perf_counter() - began)
 
     def save(self, plan: StepPlan) -> None:
         """Fill the slots of every save in `plan`, the first time that it comes."""
@@ -168,6 +158,10 @@ class WorkerHalf:
         except KvstrataError as error:
             log.warning("kvstrata cannot map the daemon's arena: %s", error)
 
+    def _taken(self, cache: PagedCache, name: str, tensor: torch.Tensor) -> Any:
+        """Return one layer's pages, as `_copier` wants them."""
+        return _view(cache, name, tensor)
+
     def _copier(self, arena: Arena, held: BlockLayout) -> GroupedPages | BridgedPages:
         """Return what copies between the engine's pages and blocks of the layout `held`."""
         if held == self._layout:
@@ -184,14 +178,33 @@ class WorkerHalf:
         sizes = [group.cache.page_bytes * len(layers) for group, layers in pages]
         return sum(sizes[group] for group in job.copy.groups)
 
+    def _loaded(self, job: LoadJob, failed: Sequence[int], took_s: float) -> None:
+        """Report a load of whose pages `failed` must not be used."""
+        if not failed:
+            self._report.copied_bytes += self._copied_bytes(job)
+            self._report.copied_s += took_s
+        # vLLM computes from the first failed page on, whatever lies behind it.
+        good = min(map(job.copy.pages.index, failed), default=len(job.copy.pages))
+        if self._cache.is_whole:
+            self._failed_pages.update(job.lost_pages, failed)
+            self._report.failed_pages.update(job.lost_pages, failed)
+        elif job.lost_pages or failed:  # a shorter prefix would need other pages of a window
+            self._failed_requests.add(job.request)
+            good = 0
+        self._report.loaded[job.request] = good
+
+    def _fits(self, job: LoadJob | SaveJob) -> bool:
+        """Return whether a job is of the arena, the weights and the adapter at hand."""
+        if self._blocks is None or job.epoch != self._epoch:
+            return False
+        return self._allowed and self.adapters.current(job.adapter)
+
     def _load(self, job: LoadJob) -> Sequence[int]:
         """Copy; return the engine pages whose bytes must not be used."""
         copy = job.copy
         if not copy.pages:
             return []
-        if self._blocks is None or self._arena is None or job.epoch != self._epoch:
-            return copy.pages
-        if not self._allowed or not self.adapters.current(job.adapter):
+        if self._blocks is None or self._arena is None or not self._fits(job):
             return copy.pages
         generations = self._arena.generations
         good = [
@@ -208,11 +221,7 @@ class WorkerHalf:
         ]
 
     def _save(self, job: SaveJob) -> bool:
-        if self._blocks is None or job.epoch != self._epoch:
-            return False
-        if not self._allowed or not self.adapters.current(job.adapter):
-            return False
-        return self._blocks.save(job.copy)
+        return self._blocks is not None and self._fits(job) and self._blocks.save(job.copy)
 
 
 def _view(cache: PagedCache, name: str, tensor: torch.Tensor) -> NDArray[np.uint8]:
@@ -222,15 +231,7 @@ def _view(cache: PagedCache, name: str, tensor: torch.Tensor) -> NDArray[np.uint
             f"layer {name!r} is on {tensor.device}; this version copies from CPU caches only",
             hint="run vLLM's CPU platform, or run without the connector",
         )
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    is_fp8 = cache.dtype.startswith("float8")
-    expected = FP8_TENSORS if is_fp8 else cache.dtype
-    if dtype != expected:
-        raise LayoutError(
-            f"layer {name!r} has elements of {dtype}, not {expected}",
-            hint="this engine's KV layout is unknown to kvstrata; run without the connector",
-        )
-    pages, stride = page_view(cache, tensor.shape, tensor.stride(), name=name)
+    pages, stride = pages_of(cache, name, tensor)
     flat = torch.tensor([], dtype=torch.uint8).set_(
         tensor.untyped_storage(),
         tensor.storage_offset() * tensor.element_size(),
@@ -239,3 +240,16 @@ def _view(cache: PagedCache, name: str, tensor: torch.Tensor) -> NDArray[np.uint
     )
     view: NDArray[np.uint8] = flat.numpy()
     return view
+
+
+def pages_of(cache: PagedCache, name: str, tensor: torch.Tensor) -> tuple[int, int]:
+    """Return (pages, bytes from one to the next) of one layer; LayoutError if it is unexpected."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    is_fp8 = cache.dtype.startswith("float8")
+    expected = FP8_TENSORS if is_fp8 else cache.dtype
+    if dtype != expected:
+        raise LayoutError(
+            f"layer {name!r} has elements of {dtype}, not {expected}",
+            hint="this engine's KV layout is unknown to kvstrata; run without the connector",
+        )
+    return page_view(cache, tensor.shape, tensor.stride(), name=name)

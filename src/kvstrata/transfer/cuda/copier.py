@@ -15,7 +15,8 @@ import logging
 from collections.abc import Sequence
 
 from kvstrata.core.errors import CapacityError, TransferError
-from kvstrata.transfer.cuda.movers import EachRunMover, RunMover
+from kvstrata.transfer.cuda.movers import EachRunMover, Rearranger, RunMover
+from kvstrata.transfer.cuda.rearrange import Rearrangement
 from kvstrata.transfer.cuda.runs import Run
 from kvstrata.transfer.cuda.runtime import UNKNOWN, CudaStreams
 from kvstrata.transfer.cuda.tables import RunTable, merge_table, table_of
@@ -82,18 +83,30 @@ class RunCopier:
     """Moves contiguous runs; one instance for each direction, so that both run at once."""
 
     def __init__(
-        self, streams: CudaStreams, *, tickets_max: int, mover: RunMover | None = None
+        self,
+        streams: CudaStreams,
+        *,
+        tickets_max: int,
+        mover: RunMover | None = None,
+        rearranger: Rearranger | None = None,
     ) -> None:
-        """Make the stream; at most `tickets_max` submits are in flight. Default: a copy a run."""
+        """Make the stream; at most `tickets_max` submits are in flight. Default: a copy a run.
+
+        Without a `rearranger` a rearrangement is moved as the runs that it is.
+        """
         self._streams = streams
         self._mover = mover or EachRunMover(streams)
+        self._rearranger = rearranger
         self._closed = False
+        self._raised = ""  # what a mover's library said last
         self._stream = streams.stream_create()
         self._start = streams.event_create()
         self._tickets_max = tickets_max
         self._flying: list[Ticket] = []
 
-    def submit(self, layers: Sequence[Sequence[Run] | RunTable], engine_stream: int) -> Ticket:
+    def submit(
+        self, layers: Sequence[Sequence[Run] | RunTable | Rearrangement], engine_stream: int
+    ) -> Ticket:
         """Copy the runs of each layer, in order, after what `engine_stream` was given so far.
 
         Raises CapacityError with too many in flight, ValueError for runs that overlap,
@@ -104,16 +117,14 @@ class RunCopier:
             raise TransferError("this copier is closed", retryable=False)
         if len(self._flying) >= self._tickets_max:
             raise CapacityError("too many copies in flight", requested=1, available=0)
-        merged = [
-            merge_table(runs if isinstance(runs, RunTable) else table_of(runs)) for runs in layers
-        ]
+        merged = [self._ready(moves) for moves in layers]
         ticket = Ticket(self._streams, len(merged))
         code = self._streams.event_record(self._start, engine_stream)
         code = code or self._streams.stream_wait(self._stream, self._start)
         for runs in merged:
             code = code or self._move(runs) or ticket.record_layer(self._stream)
         if code:
-            name = self._streams.describe(code)
+            name = self._streams.describe(code) + self._raised
             ticket.error = TransferError(f"CUDA refused a copy ({name})", retryable=False)
         self._flying.append(ticket)
         if end := ticket.record_end(self._stream):  # nothing would ever tell its end
@@ -146,9 +157,18 @@ class RunCopier:
         self._streams.stream_destroy(self._stream)
         return 0
 
-    def _move(self, runs: RunTable) -> int:
+    def _ready(self, moves: Sequence[Run] | RunTable | Rearrangement) -> RunTable | Rearrangement:
+        if isinstance(moves, Rearrangement):
+            return moves if self._rearranger else merge_table(moves.runs())
+        return merge_table(moves if isinstance(moves, RunTable) else table_of(moves))
+
+    def _move(self, moves: RunTable | Rearrangement) -> int:
         try:
-            return self._mover.move(runs, self._stream)
-        except Exception:  # a mover's library; some runs may be under way, and the end is told
+            if isinstance(moves, RunTable):
+                return self._mover.move(moves, self._stream)
+            assert self._rearranger, "it is runs already"
+            return self._rearranger.rearrange(moves, self._stream)
+        except Exception as error:  # a mover's library; some runs may be under way, the end is told
             logger.exception("a device copy failed")
+            self._raised = f": {type(error).__name__}: {error}"
             return UNKNOWN

@@ -9,10 +9,11 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from kvstrata.core.errors import ConfigError
+from kvstrata.transfer.cuda.rearrange import Rearrangement
 from kvstrata.transfer.cuda.runtime import CudaStreams
 from kvstrata.transfer.cuda.tables import RunTable
 
-__all__ = ["BatchMover", "EachRunMover", "RunMover"]
+__all__ = ["BatchMover", "EachRunMover", "Rearranger", "RunMover"]
 
 
 class RunMover(Protocol):
@@ -23,6 +24,14 @@ class RunMover(Protocol):
 
         After a refusal some of the runs may be under way.
         """
+        ...
+
+
+class Rearranger(Protocol):
+    """Gives a rearrangement to a stream as it is; nothing waits. Owner: as `RunMover`."""
+
+    def rearrange(self, moves: Rearrangement, stream: int) -> int:
+        """Let `stream` move all of it, in any order; as `RunMover.move`."""
         ...
 
 

@@ -1,17 +1,22 @@
 """Page-locks a mapped range, piece by piece: all of it or nothing.
 
 A piece bounds how long one call to the driver holds the process, and lets progress be told. Each
-process that maps an arena registers its own mapping; the pages are locked once for each.
+process that maps an arena registers its own mapping; the pages are locked once for each. Locking
+100 GiB takes many seconds, so an engine does it beside its work, on a thread of its own.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
 
 from kvstrata.core.errors import ConfigError
 from kvstrata.transfer.cuda.runtime import ALREADY_REGISTERED, CudaRuntime
 
-__all__ = ["PIECE_BYTES", "PageLock"]
+__all__ = ["PIECE_BYTES", "BackgroundLock", "PageLock"]
+
+log = logging.getLogger(__name__)
 
 PIECE_BYTES = 1 << 30
 """Length of one registration, a multiple of the page size."""
@@ -70,6 +75,61 @@ class PageLock:
         self._held = [one for one in reversed(self._held) if self._runtime.host_unregister(one)]
         self._held.reverse()
         return len(self._held)
+
+
+class BackgroundLock:
+    """A range that a thread page-locks; it may be used once `is_ready`.
+
+    The thread ends with its work, or after the piece at hand once `close` was called.
+    """
+
+    def __init__(
+        self,
+        runtime: CudaRuntime,
+        address: int,
+        length_bytes: int,
+        *,
+        enter_thread: Callable[[], None],
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
+        """Begin; `enter_thread` lets a thread use the device."""
+        self.error: ConfigError | None = None
+        """Why the range is not locked; None while it is, or may be."""
+        self._lock = PageLock(runtime, address, length_bytes)
+        self._enter_thread, self._piece_bytes = enter_thread, piece_bytes
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvstrata-page-lock", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all of it is locked; never waits."""
+        return not self._thread.is_alive() and self.error is None and not self._stop.is_set()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the thread's end, at most so long."""
+        self._thread.join(timeout_s)
+
+    def close(self) -> bool:
+        """Give all back; return whether that is done, or the thread has yet to end. Never waits."""
+        self._stop.set()
+        return not self._thread.is_alive() and not self._lock.close()
+
+    def _run(self) -> None:
+        try:
+            self._enter_thread()
+            self._lock.open(piece_bytes=self._piece_bytes, progress=self._told)
+        except ConfigError as error:
+            self.error = error
+        except Exception as error:  # noqa: BLE001  # whatever it is, the range is not locked
+            self.error = ConfigError(f"page-locking failed: {error}", hint=_remedy(0))
+        if self.error and not self._stop.is_set():
+            log.error("kvstrata copies nothing to or from the device: %s", self.error)
+
+    def _told(self, done: int, total: int) -> None:
+        log.info("kvstrata has page-locked %d of %d MiB", done >> 20, total >> 20)
+        if self._stop.is_set():
+            raise ConfigError("page-locking was stopped")
 
 
 def _remedy(code: int) -> str:
