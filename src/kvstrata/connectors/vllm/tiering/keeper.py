@@ -378,9 +378,9 @@ class Keeper:
             if time.monotonic() >= load.until:
                 self.counters.late += 1
                 return good
-            if epoch.generations[slot] == generation:
-                self._rows[row] = epoch.blocks[slot]
-            if epoch.generations[slot] != generation:
+            if epoch.host.generations[slot] == generation:
+                self._rows[row] = epoch.host.blocks[slot]
+            if epoch.host.generations[slot] != generation:
                 self.counters.torn += 1
                 return good
         return min(len(acquired.slots), len(load.rows))
@@ -405,7 +405,7 @@ class Keeper:
             if time.monotonic() >= store.until:
                 self.counters.late += 1
                 break
-            epoch.blocks[slot] = self._rows[store.rows[index]]
+            epoch.host.blocks[slot] = self._rows[store.rows[index]]
             filled += 1
         slots, left = reserved.slots[:filled], reserved.slots[filled:]
         if left:
