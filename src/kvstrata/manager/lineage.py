@@ -74,5 +74,6 @@ def _enter(state: BrainState, tier: LowerTier, found: Sequence[Found]) -> list[S
         evicted += reserved.evicted
         tier.pool.stage(reserved.slots)
         tier.pool.register(reserved.slots, [each.key], [said.parent if said else None])
+        state.arrived([each.key], tier.name)
         state.counters.adopted_blocks += 1
     return evicted
