@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from contextlib import contextmanager
 
 import pytest
 
+from kvstrata.core.ids import HASH_BYTES, SequenceHash
+from kvstrata.core.tier import HOST, TierName
+from kvstrata.manager.changes import Changes
+from kvstrata.runtime import messages as wire
 from kvstrata.runtime.admin import AdminClient
 
 pytestmark = pytest.mark.engine
@@ -150,3 +156,97 @@ def test_an_outside_subscriber_sees_what_the_tiers_hold(engine_on, prompts, refe
         assert engine.llm.reset_prefix_cache(reset_connector=True)
         ask(3)
         assert not any(held.values()), "the last prompt has no whole block"
+        ask(1)
+        assert all(held.values())
+        os.kill(engine.connector.daemon_pid, signal.SIGKILL)
+        engine.ask([[7] * 5], max_tokens=4)
+        told = received()
+        for medium in ("CPU", "STORAGE"):
+            assert set(names(told, "BlockRemoved", medium)) == set(own), "nobody can follow it now"
+
+
+class Followed:
+    """A session's standing, and a record of changes as the daemon keeps it."""
+
+    def __init__(self, limit):
+        self.welcome, self.epoch, self.record = object(), 1, Changes(limit)
+
+    def changes(self, cursor):
+        got = self.record.since(cursor)
+        rows = [(str(each.tier), each.stored, b"".join(each.keys)) for each in got.changes]
+        return wire.Changed(got.cursor, got.lost, got.more, rows)
+
+
+@pytest.fixture
+def followed(monkeypatch):
+    """`followed(known_max=..., limit=...)` gives events, what they count, their session, and the
+    keys of a request's five blocks."""
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    from kvstrata.connectors.vllm import events
+    from kvstrata.connectors.vllm.metrics import ConnectorStats
+
+    monkeypatch.setattr(events, "_INTERVAL_S", 0.0)
+
+    def make(known_max=100, limit=1000):
+        session, stats = Followed(limit), ConnectorStats()
+        told = events.TierEvents(16, 32, stats, known_max=known_max)
+        told.take(session)
+        request = Request("r", list(range(160)), SamplingParams(), None, cache_salt="salt")
+        request.block_hashes = [bytes([page] * 32) for page in range(10)]
+        keys = [SequenceHash(bytes([block] * HASH_BYTES)) for block in range(5)]
+        told.know(request, keys, 0)
+        return told, stats, session, keys
+
+    return make
+
+
+def test_a_block_is_told_in_vllms_words(followed):
+    told, stats, session, keys = followed()
+    session.record.note(HOST, keys[:2], stored=True)
+    session.record.note(TierName("shared"), keys[:1], stored=True)
+    session.record.note(HOST, [SequenceHash(b"?" * HASH_BYTES)], stored=True)
+    first, second, shared = told.take(session)
+    assert first.extra_keys == [("salt",), None]
+    assert second.extra_keys in (None, [None, None])
+    assert second.parent_block_hash == first.block_hashes[1]
+    assert second.token_ids == list(range(32, 64))
+    assert (shared.medium, shared.locality, shared.ownership) == (
+        "STORAGE", "REMOTE", "kvstrata.shared",
+    )  # fmt: skip
+    assert stats.data == {"untold_blocks": 1}, "another engine's"
+    assert told.take(session) == []
+
+
+@pytest.mark.parametrize("how", ["missed", "another daemon", "no daemon", "new weights"])
+def test_what_cannot_be_followed_is_told_as_removed(followed, how):
+    told, stats, session, keys = followed(limit=8)
+    session.record.note(HOST, keys[:2], stored=True)
+    assert len(told.take(session)) == 2
+    if how == "missed":
+        session.record.note(HOST, keys * 2, stored=False)
+        session.record.note(HOST, keys * 2, stored=True)
+    elif how == "another daemon":
+        session.epoch = 2
+    elif how == "no daemon":
+        session.welcome = None
+    else:
+        told.forget()
+    (event,) = told.take(session)
+    assert type(event).__name__ == "BlockRemoved"
+    assert len(event.block_hashes) == 4
+    assert stats.data.get("missed_changes", 0) == (how == "missed")
+    assert told.take(session) == []
+    session.welcome = object()
+    told.take(session)
+    session.record.note(HOST, keys[:1], stored=True)
+    assert len(told.take(session)) == 1, "it goes on"
+
+
+def test_no_more_is_remembered_than_there_is_room_for(followed):
+    told, stats, session, keys = followed(known_max=2)
+    session.record.note(HOST, keys, stored=True)
+    events = [type(each).__name__ for each in told.take(session)]
+    assert events == ["BlockStored"] * 2, "the others were forgotten first"
+    assert stats.data == {"untold_blocks": 3}

@@ -57,6 +57,7 @@ def learn(
         if pool.parent_of(slot) is None and (said.parent is not None or nobodys):
             new.append(Found(key, said))
     pool.withdraw([each.key for each in new])
+    state.changes.note(tier.name, [each.key for each in new], stored=False)
     before = state.counters.adopted_blocks
     _enter(state, tier, new)
     state.counters.adopted_blocks = before
