@@ -27,7 +27,7 @@ from kvstrata.connectors.vllm.geometry import engine_cache
 from kvstrata.connectors.vllm.identity import vllm_namespace
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
 from kvstrata.connectors.vllm.metrics import ConnectorMetrics, ConnectorStats
-from kvstrata.connectors.vllm.releases import hit_sources
+from kvstrata.connectors.vllm.releases import hit_sources, tier_events
 from kvstrata.connectors.vllm.runner import calling_connector, calling_runner, pages_are_free
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import read_settings
@@ -92,7 +92,7 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         )
         published = vllm_config.kv_events_config
         if published and published.enable_kv_cache_events:
-            self._scheduler.publish(cache)
+            self._scheduler.events = tier_events(cache, layout, self._scheduler.stats, session)
         if not vllm_config.cache_config.enable_prefix_caching:
             log.warning(
                 "kvstrata is idle: vLLM runs without prefix caching, so it cannot use kept blocks"

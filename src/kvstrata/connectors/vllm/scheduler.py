@@ -133,19 +133,6 @@ class SchedulerHalf:
             self._note(error)  # a session that was lost names them in its next hello
         self._fenced = True
 
-    def publish(self, cache: GroupedCache) -> None:
-        """Tell vLLM of what comes to the tiers and leaves them; see `events.TierEvents`."""
-        try:
-            from kvstrata.connectors.vllm.events import TierEvents
-        except ImportError as error:  # an older release
-            log.warning("kvstrata publishes no KV events with this vLLM: %s", error)
-            return
-        if not cache.is_whole:
-            log.warning("kvstrata publishes no KV events for a model with several cache groups")
-            return
-        self.events = TierEvents(self._page_tokens, self._block_tokens, self.stats)
-        self.events.take(self.session)  # from now on
-
     # -- matching ------------------------------------------------------------------------------
 
     def matched_tokens(self, request: Request, local_tokens: int) -> int | None:
