@@ -234,11 +234,6 @@ def main() -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     llm.llm_engine.engine_core.shutdown()
-    engine = llm.llm_engine.vllm_config.kv_transfer_config
-    if arguments["way"] == "tiering":  # vLLM leaves its host region behind
-        Path(f"/dev/shm/vllm_offload_{engine.engine_id}.mmap").unlink(  # noqa: S108  # its name
-            missing_ok=True
-        )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ between the engine's pages and its host region is vLLM's.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,17 @@ class TorchWorker(OffloadingWorker):
 
 class CpuTieringSpec(TieringOffloadingSpec):
     """vLLM's tiers on the CPU platform."""
+
+    def get_manager(self) -> Any:
+        """Return the scheduler's half, which is made last.
+
+        Then the host region needs no name any more, and no end of the process leaves it behind.
+        """
+        try:
+            return super().get_manager()
+        finally:
+            name = f"/dev/shm/vllm_offload_{self.config.engine_id}.mmap"  # noqa: S108  # vLLM's
+            Path(name).unlink(missing_ok=True)
 
     def get_worker(self, kv_caches: Any) -> TorchWorker:
         """Return the one worker."""

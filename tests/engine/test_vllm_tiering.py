@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -184,6 +185,96 @@ def test_only_the_same_model_and_salt_find_blocks(
         pass
 
 
+def test_new_weights_are_noticed_without_a_reset(
+    engine_on, make_llama, tiny_model, prompts, reference, tmp_path, caplog
+):
+    other = make_llama(tmp_path / "other", seed=1)
+    with engine_on(model=other) as engine:
+        expected = [each.tokens for each in engine.ask(prompts)]
+    settings = {"tiers": f"host:32MiB,disk:{tmp_path / 'kv'}:64MiB"}
+    long = [prompts[2] + prompts[1]]  # goes on where an old block ends
+    with tiered(engine_on, settings) as (engine, tier):
+
+        def load(model):
+            engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(model)})
+
+        def move(work):
+            """Return what the tier found and stored meanwhile."""
+            tier._keeper.drain()
+            before = tier.statistics()
+            work()
+            tier._keeper.drain()
+            after = tier.statistics()
+            return [after[name] - before[name] for name in ("found", "stored")]
+
+        assert move(lambda: engine.ask(prompts)) == [0, chunks(prompts)]
+        engine.forget()
+        load(other)
+        with caplog.at_level("WARNING", "kvstrata.vllm"):
+            assert move(lambda: engine.ask(long)) == [0, 0]
+        assert caplog.text.count("the model's weights have changed") == 1
+        load(tiny_model)
+        assert move(lambda: engine.ask(long)) == [0, 0], "vLLM's CPU tier has blocks of both"
+        # The reset and the change in either order; then all goes on, under other names.
+        load(other)
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        assert move(lambda: engine.ask(prompts)) == [0, chunks(prompts)]
+        assert [each.tokens for each in engine.ask(prompts)] == expected
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        load(tiny_model)
+        assert move(lambda: engine.ask(prompts)) == [0, chunks(prompts)]
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        load(other)
+        assert move(lambda: engine.ask(long)) == [0, chunks(long)]
+        with AdminClient(tier.daemon_address) as admin:
+            admin.wait_idle(30)
+    # On disk are blocks of the other weights, too: who has the files' weights must not find them.
+    with tiered(engine_on, settings) as (engine, tier):
+        assert [each.tokens for each in engine.ask(prompts)] == reference
+        assert tier.statistics()["found"] == chunks(prompts) + CANARY, "those stored first"
+        engine.ask(long)
+        assert tier.statistics()["found"] == chunks(prompts) + CANARY
+
+
+def test_what_was_being_loaded_when_the_weights_changed_is_not_used(
+    engine_on, make_llama, prompts, tmp_path
+):
+    """The copy is held up until the new weights are there."""
+    from vllm import SamplingParams
+
+    other = make_llama(tmp_path / "other", seed=1)
+    with engine_on(model=other) as engine:
+        (expected,) = engine.ask(prompts[2:3], max_tokens=8)
+    settings = {"tiers": f"host:32MiB,disk:{tmp_path / 'kv'}:64MiB"}
+    with tiered(engine_on, settings) as (engine, tier):
+        engine.ask(prompts)
+        wait_stored(tier, chunks(prompts) + CANARY)
+    with tiered(engine_on, settings) as (engine, tier):
+        core, keeper = engine.llm.llm_engine, tier._keeper
+        go, began = threading.Event(), threading.Event()
+        copy_in = keeper._copy_in
+
+        def held(*arguments):
+            began.set()
+            assert go.wait(30)
+            return copy_in(*arguments)
+
+        keeper._copy_in = held
+        sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        core.add_request("new", {"prompt_token_ids": prompts[2]}, sampling)
+        while not began.is_set():
+            core.step()
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        go.set()
+        keeper.drain()
+        assert tier.statistics()["loaded"] == CANARY + chunks(prompts[2:3])
+        outputs = []
+        while core.has_unfinished_requests():
+            outputs += [each for each in core.step() if each.finished]
+        assert outputs[0].num_cached_tokens == 0
+        assert tuple(outputs[0].outputs[0].token_ids) == expected.tokens
+
+
 def test_a_reset_while_a_request_runs_ends_all_storing(engine_on, make_llama, prompts, tmp_path):
     """vLLM could not forget its own blocks then: new requests find them, and it hands them on."""
     from vllm import SamplingParams
@@ -278,4 +369,107 @@ def test_settings_and_versions_that_it_does_not_know_are_refused(engine_on, monk
         pass
     monkeypatch.setattr(vllm, "__version__", "0.33.0")
     with pytest.raises(LayoutError, match="not a version"), tiered(engine_on, {}):
+        pass
+
+
+def test_what_a_request_asks_for_its_blocks_is_done(engine_on, prompts, reference):
+    def ask(index, **hints):
+        """Return how many blocks the tier has stored for one more answer."""
+        before = tier.statistics()["stored"]
+        extra = {"extra_args": {"kv_transfer_params": {"kvstrata": hints}}}
+        (answer,) = engine.ask([prompts[index]], sampling=extra)
+        assert answer.tokens == reference[index]
+        tier._keeper.drain()
+        return tier.statistics()["stored"] - before
+
+    with tiered(engine_on, {"tiers": "host:32MiB", "tenant": "house"}) as (engine, tier):
+        assert ask(0, store=False) == 0
+        assert ask(0) == 0, "vLLM's CPU tier has them and hands them to nobody again"
+        assert ask(1, tenant="guest") == chunks(prompts[1:2])
+        assert ask(2, retention=[{"start": 128, "ttl_s": 0.2}]) == chunks(prompts[2:3])
+        with AdminClient(tier.daemon_address) as admin:
+            rows = admin.stats()["node"]["tenants"]
+        held = {each["tenant"]: each["slots"]["host"] for each in rows}
+        assert held["guest"] == chunks(prompts[1:2])
+        time.sleep(0.3)
+        manager = engine.connector.scheduler.manager
+        engine.ask(prompts[3:])  # vLLM ends the requests before it only now
+        engine.forget()
+        manager.primary_tier.reset_cache()  # only vLLM's: what is below is asked for
+        (again,) = engine.ask(prompts[2:3])
+        assert again.tokens == reference[2]
+        assert again.cached == 128
+
+
+def test_hints_are_of_the_blocks_that_vllm_hands_on():
+    from kvstrata.connectors.vllm.tiering.hints import block_hints
+    from kvstrata.core.retention import BlockHint, Retention
+
+    ranges = [Retention(0, 64, 80), Retention(96, None, 50)]
+    assert block_hints([], 32, [32]) == []
+    assert block_hints(ranges, 32, [32, 64, 96, 128]) == [BlockHint(0, 2, 80), BlockHint(3, 1, 50)]
+    # The second and the fourth are in vLLM's CPU tier; of one the place is not known.
+    assert block_hints(ranges, 32, [32, 96, None, 160, 192]) == [
+        BlockHint(0, 1, 80),
+        BlockHint(3, 2, 50),
+    ]
+    assert len(block_hints([Retention(priority=1)] * 1024, 32, [32, 96])) == 1024
+
+
+def test_a_reset_ends_what_waits_to_be_stored(engine_on, prompts, reference):
+    with tiered(engine_on, {"tiers": "host:32MiB"}) as (engine, tier):
+        keeper = tier._keeper
+        go, began = threading.Event(), threading.Event()
+        store = keeper._store
+
+        def held(work):
+            began.set()
+            assert go.wait(30)
+            return store(work)
+
+        keeper._store = held
+        engine.ask(prompts)
+        assert began.wait(10)
+        before = tier.statistics()
+        waiting = sum(len(each.rows) for each in keeper._stores)
+        assert waiting, "else there is nothing to end"
+        threading.Timer(0.2, go.set).start()
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        after = tier.statistics()
+        assert after["cancelled"] - before["cancelled"] == waiting
+        assert after["stored"] == before["stored"], "the one at hand ended, too"
+        assert not engine.connector.scheduler.manager._jobs
+        assert [each.tokens for each in engine.ask(prompts)] == reference
+        wait_stored(tier, before["stored"] + chunks(prompts))
+
+
+def test_a_first_look_comes_before_anything_is_computed():
+    import torch
+
+    from kvstrata.connectors.vllm.tiering.weights import WeightsGuard
+    from kvstrata.connectors.vllm.weights import WeightsEye
+
+    layer = torch.nn.Linear(4, 4)
+    layer.load_weights = set
+    guard = WeightsGuard(WeightsEye(layer))
+    guard.reset()
+    layer.weight.data.fill_(1.0)  # between the reset and the next step: nothing is of before
+    guard.scheduled()
+    assert guard.may_find()
+    guard.scheduled()
+    assert guard.may_store()
+    layer.weight.data.fill_(2.0)
+    assert guard.may_store(), "what is stored now was computed before"
+    guard.scheduled()
+    assert not guard.may_store()
+    assert not guard.may_find()
+    guard.reset()
+    assert guard.may_find()
+
+
+def test_weights_that_cannot_be_seen_are_refused(engine_on, monkeypatch):
+    from kvstrata.connectors.vllm.tiering import tier
+
+    monkeypatch.setattr(tier, "calling_model", lambda: None)  # as with vLLM's other executors
+    with pytest.raises(ConfigError, match="cannot see the model's weights"), tiered(engine_on, {}):
         pass

@@ -57,6 +57,7 @@ def learn(
         if pool.parent_of(slot) is None and (said.parent is not None or nobodys):
             new.append(Found(key, said))
     pool.withdraw([each.key for each in new])
+    state.changes.note(tier.name, [each.key for each in new], stored=False)
     before = state.counters.adopted_blocks
     _enter(state, tier, new)
     state.counters.adopted_blocks = before
@@ -74,5 +75,6 @@ def _enter(state: BrainState, tier: LowerTier, found: Sequence[Found]) -> list[S
         evicted += reserved.evicted
         tier.pool.stage(reserved.slots)
         tier.pool.register(reserved.slots, [each.key], [said.parent if said else None])
+        state.arrived([each.key], tier.name)
         state.counters.adopted_blocks += 1
     return evicted

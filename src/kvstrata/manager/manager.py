@@ -18,6 +18,7 @@ from kvstrata.core.config import Limits
 from kvstrata.core.ids import Holder, SequenceHash, SessionId, SlotId, TransferId
 from kvstrata.core.retention import BlockHint
 from kvstrata.core.tier import DISK, HOST, TierName
+from kvstrata.manager.changes import ChangesAnswer
 from kvstrata.manager.costs import Costs
 from kvstrata.manager.deleting import Deleting
 from kvstrata.manager.explain import DEPARTURES_MAX, Departures, Gauges
@@ -292,6 +293,10 @@ class Manager:
         self._state.left(keys, "lost", tier)
         self._state.counters.lost_blocks += len(lower.pool.withdraw(keys))
 
+    def changes(self, cursor: int) -> ChangesAnswer:
+        """Return what came to be in the tiers and left them since `cursor`; 0 asks from now on."""
+        return self._state.changes.since(cursor)
+
     # -- why -----------------------------------------------------------------------------------
 
     def note_family(self, family: Family, namespace: bytes) -> None:
@@ -418,6 +423,11 @@ class Manager:
     def tenants(self) -> Tenants:
         """Who stored what; gives out owners."""
         return self._state.tenants
+
+    @property
+    def forgotten_changes(self) -> int:
+        """Blocks whose coming or going was forgotten to make room, asked for or not."""
+        return self._state.changes.lost_blocks
 
     @property
     def leases(self) -> int:

@@ -348,5 +348,6 @@ class Offloading:
         pool.stage(slots)
         keys = [job.keys[index] for index in good]
         pool.register(slots, keys, [job.parents[index] for index in good])
+        self._state.arrived(keys, tier.name)
         self._retaining.apply(tier.name, keys)
         self.registered(tier.name, keys)

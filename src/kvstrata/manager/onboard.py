@@ -265,4 +265,5 @@ class Onboarding:
             state.host_seals[job.slots[index]] = done.checksums[index]
         host.stage(slots)
         host.register(slots, keys, [parents[index] for index in good])
+        state.arrived(keys, HOST)
         return keys

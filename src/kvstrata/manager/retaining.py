@@ -200,6 +200,8 @@ class Retaining:
         if gone and term.expires <= state.now:
             state.counters.expired_blocks += 1
             state.left([key], "time to live ended", tier)
+        elif gone:
+            state.changes.note(tier, [key], stored=False)
 
     def _tidy(self, coming: Sequence[SequenceHash]) -> None:
         """Forget the terms of blocks that are nowhere, once they are as many as there are slots."""

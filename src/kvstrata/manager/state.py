@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from kvstrata.core.config import Limits
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import HOST, Admission, TierName
+from kvstrata.manager.changes import Changes
 from kvstrata.manager.costs import Costs
 from kvstrata.manager.explain import Departure, Departures
 from kvstrata.manager.tenants import Tenants
@@ -148,6 +149,8 @@ class BrainState:
     """Jobs decided on and not yet taken by `step`."""
     departures: Departures = field(default_factory=Departures)
     """Why blocks that were here are not."""
+    changes: Changes = field(default_factory=Changes)
+    """What came and went, for those who follow."""
     now: float = 0.0
     """The latest moment that the manager was told of."""
     last_transfer: int = 0
@@ -155,7 +158,13 @@ class BrainState:
 
     def left(self, keys: Iterable[SequenceHash], what: str, tier: TierName, by: str = "") -> None:
         """Take note that `keys` left `tier`, or did not come to be in it."""
-        self.departures.note(keys, Departure(what, tier, self.now, by))
+        gone = list(keys)
+        self.departures.note(gone, Departure(what, tier, self.now, by))
+        self.changes.note(tier, gone, stored=False)
+
+    def arrived(self, keys: Sequence[SequenceHash], tier: TierName) -> None:
+        """Take note that `keys` can be found in `tier`."""
+        self.changes.note(tier, keys, stored=True)
 
     def evicted(self, keys: Sequence[SequenceHash], tier: TierName) -> None:
         """Take note that the policy gave up `keys` in `tier`; count those that are nowhere below.

@@ -205,6 +205,7 @@ class Storing:
         slots = [job.slots[index] for index in good]
         keys = [job.keys[index] for index in good]
         stored = host.register(slots, keys, [seal.parents[index] for index in good])
+        state.arrived(keys, HOST)
         state.counters.stored_blocks += len(stored)
         state.counters.duplicate_blocks += len(slots) - len(stored)
         return keys

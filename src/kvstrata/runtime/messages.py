@@ -32,6 +32,8 @@ __all__ = [
     "Because",
     "Bye",
     "Call",
+    "Changed",
+    "Changes",
     "Clear",
     "Cleared",
     "Done",
@@ -62,7 +64,7 @@ __all__ = [
     "split_hashes",
 ]
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 """Raised whenever a message changes; client and daemon must agree."""
 SPEED_MAX: Final = 1e18
 """Above any speed in tokens or bytes per second: more is refused, as is what is no number."""
@@ -226,6 +228,13 @@ class Forget(_Message, frozen=True):
     """Its key."""
 
 
+class Changes(_Message, frozen=True):
+    """Asks what came to be in the tiers and what left them since an earlier answer."""
+
+    cursor: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)] = 0
+    """From that answer; 0 asks from now on."""
+
+
 class Stats(_Message, frozen=True):
     """Asks for counters and the state of the tiers."""
 
@@ -311,6 +320,20 @@ class Cleared(_Message, frozen=True):
     """How many blocks were forgotten."""
 
 
+class Changed(_Message, frozen=True):
+    """Answer to `Changes`; the fields of `ChangesAnswer`."""
+
+    cursor: int
+    """For the next question."""
+    lost: bool
+    """Whether something in between is forgotten."""
+    more: bool
+    """Whether there is more to ask for at once."""
+    changes: list[tuple[str, bool, _Hashes]]
+    """Name of a tier, whether blocks can be found there from now on or not any more, and their
+    keys, joined; in order."""
+
+
 class StatsAnswer(_Message, frozen=True):
     """Answer to `Stats`."""
 
@@ -346,6 +369,7 @@ Call: TypeAlias = (
     | Why
     | Clear
     | Forget
+    | Changes
     | Stats
     | Bye
 )
@@ -357,6 +381,7 @@ Answer: TypeAlias = (
     | Reserved
     | Because
     | Cleared
+    | Changed
     | StatsAnswer
     | Done
     | Refused

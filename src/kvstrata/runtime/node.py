@@ -202,6 +202,7 @@ class Node:
             "leased_blocks": self.manager.leased,
             "counters": dataclasses.asdict(self.manager.counters)
             | {
+                "forgotten_changes": self.manager.forgotten_changes,
                 "torn_index_entries": sum(slab.torn_entries for slab in self._slabs.values()),
                 "torn_floors": sum(slab.torn_floors for slab in self._slabs.values()),
             },

@@ -295,6 +295,10 @@ class NodeServer:
                 lessee = Holder(session, call.request)
                 hashes = wire.split_hashes(call.hashes)
                 return wire.Leased(manager.lease(lessee, hashes, call.seconds, now))
+            case wire.Changes():
+                got = manager.changes(call.cursor)
+                rows = [(str(each.tier), each.stored, b"".join(each.keys)) for each in got.changes]
+                return wire.Changed(got.cursor, got.lost, got.more, rows)
             case wire.Forget():
                 return wire.Cleared(node.forget(SequenceHash(call.key)))
             case wire.Seal():

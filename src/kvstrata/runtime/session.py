@@ -230,6 +230,10 @@ class Session:
         """See `Manager.abort`."""
         self.call(wire.Abort(request, list(slots)), wire.Done)
 
+    def changes(self, cursor: int) -> wire.Changed:
+        """See `Manager.changes`."""
+        return self.call(wire.Changes(cursor), wire.Changed)
+
     # -- private -------------------------------------------------------------------------------
 
     def _hello(self) -> wire.Hello:

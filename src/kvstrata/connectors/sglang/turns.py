@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstrata.connectors.sglang.hostpages import PageSpace
-from kvstrata.core.errors import CallRefusedError, ConfigError, KvstrataError
+from kvstrata.core.errors import ConfigError, KvstrataError
 from kvstrata.layout import Bridge
 from kvstrata.runtime import messages as wire
+from kvstrata.runtime.mapped import ask_or_go_on, try_map_host
 from kvstrata.runtime.session import Session
 from kvstrata.storage.arena import Arena
 from kvstrata.tokens import NamespaceKey
@@ -115,13 +116,7 @@ class Turns:
 
     def call(self, call: wire.Call, kind: type[AnswerT]) -> AnswerT | None:
         """Make one call in our turn; None if it was refused or the daemon is gone."""
-        try:
-            return self.session.call(call, kind)
-        except CallRefusedError as error:
-            log.warning("kvstrata daemon refused a call: %s", error)
-        except KvstrataError as error:  # a lost session has said so itself
-            log.debug("no answer: %s", error)
-        return None
+        return ask_or_go_on(self.session, call, kind, log)
 
     def tell(self, epoch: int, call: wire.Call, until: float) -> bool:
         """Have the daemon told, by us if we get our turn in time; return whether it was."""
@@ -167,25 +162,19 @@ class Turns:
             bridge = None
             if welcome.layout != session.layout:
                 bridge = Bridge(session.layout, welcome.layout)
-            arena = Arena.attach(welcome.arena, welcome.layout)
         except KvstrataError as error:
-            log.warning("kvstrata cannot map the daemon's arena: %s", error)
+            log.warning("kvstrata cannot re-arrange the daemon's blocks: %s", error)
             return None
-        grid = arena.grid
-        blocks = np.ndarray(
-            (grid.slots, grid.block_bytes),
-            np.uint8,
-            arena.region.view,
-            grid.base_bytes,
-            (grid.stride_bytes, 1),
-        )
+        host = try_map_host(welcome, log)
+        if host is None:
+            return None
         self._mapped = Mapped(
             session.epoch,
             salted_key(ModelKey(welcome.model_key), ""),  # SGLang's salts are in its digests
             FamilyKey(welcome.family_key),
-            arena,
-            blocks,
-            np.frombuffer(arena.generations, np.uint64),
+            host.arena,
+            host.blocks,
+            host.generations,
             bridge,
         )
         return self._mapped

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
@@ -27,7 +28,7 @@ from kvstrata.connectors.vllm.geometry import engine_cache
 from kvstrata.connectors.vllm.identity import vllm_namespace
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
 from kvstrata.connectors.vllm.metrics import ConnectorMetrics, ConnectorStats
-from kvstrata.connectors.vllm.releases import hit_sources
+from kvstrata.connectors.vllm.releases import hit_sources, tier_events
 from kvstrata.connectors.vllm.runner import calling_connector, calling_runner, pages_are_free
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import read_settings
@@ -39,6 +40,7 @@ from kvstrata.runtime.session import Session
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -90,6 +92,9 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
             enabled=bool(vllm_config.cache_config.enable_prefix_caching),
             tenant=settings.tenant,
         )
+        published = vllm_config.kv_events_config
+        if published and published.enable_kv_cache_events:
+            self._scheduler.events = tier_events(cache, layout, self._scheduler.stats, session)
         if not vllm_config.cache_config.enable_prefix_caching:
             log.warning(
                 "kvstrata is idle: vLLM runs without prefix caching, so it cannot use kept blocks"
@@ -156,6 +161,12 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         """Split the loaded tokens by tier for vLLM's own metrics."""
         assert self._scheduler is not None
         return hit_sources(num_external_tokens, self._scheduler.staged_tokens(request))
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """Return events of blocks in our tiers, for vLLM to publish with its own."""
+        if self._scheduler is None or self._scheduler.events is None:
+            return ()
+        return self._scheduler.events.take(self._scheduler.session)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Return the step's plan for the worker half."""

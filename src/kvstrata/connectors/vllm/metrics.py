@@ -31,6 +31,8 @@ _COUNTERS: Final = {
     "saved_bytes": "Bytes copied out of the engine's cache",
     "save_seconds": "Time spent copying out of the engine's cache",
     "failed_saves": "Saves that could not be made",
+    "untold_blocks": "Blocks in a tier that no KV event tells of: other engines', or too many",
+    "missed_changes": "Times that KV events began anew: the daemon had forgotten what came between",
 }
 _LABELLED: Final = {
     "loaded_tokens": ("tier", "Tokens that arrived instead of being computed, by tier"),

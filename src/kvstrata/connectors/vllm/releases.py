@@ -1,16 +1,26 @@
 """What the older of the tested vLLM lacks, imported only when the engine asks for it.
 
 * 0.31 has no sources of hits by tier (`vllm.v1.metrics.cache_hit_source`) and never asks for them.
+* What KV events are made of has moved and grown from release to release.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
+
+from kvstrata.connectors.vllm.metrics import ConnectorStats
+from kvstrata.layout import BlockLayout, GroupedCache
+from kvstrata.runtime.session import Session
 
 if TYPE_CHECKING:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-__all__ = ["hit_sources"]
+    from kvstrata.connectors.vllm.events import TierEvents
+
+__all__ = ["hit_sources", "tier_events"]
+
+log = logging.getLogger("kvstrata.vllm")
 
 
 def hit_sources(tokens: int, below: int) -> dict[CacheHitSource, int]:
@@ -23,3 +33,20 @@ def hit_sources(tokens: int, below: int) -> dict[CacheHitSource, int]:
     disk = min(below, tokens)
     split = {CacheHitSource.DISK: disk, CacheHitSource.HOST: tokens - disk}
     return {source: count for source, count in split.items() if count}
+
+
+def tier_events(
+    cache: GroupedCache, layout: BlockLayout, stats: ConnectorStats, session: Session
+) -> TierEvents | None:
+    """Return what tells of our tiers from now on; None, which is logged, where that is unknown."""
+    try:
+        from kvstrata.connectors.vllm.events import TierEvents
+    except ImportError as error:
+        log.warning("kvstrata publishes no KV events with this vLLM: %s", error)
+        return None
+    if not cache.is_whole:
+        log.warning("kvstrata publishes no KV events for a model with several cache groups")
+        return None
+    events = TierEvents(cache.page_tokens, layout.block_tokens, stats)
+    events.take(session)
+    return events

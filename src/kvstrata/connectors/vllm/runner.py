@@ -6,7 +6,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["calling_connector", "calling_offloader", "calling_runner", "pages_are_free"]
+__all__ = [
+    "calling_connector",
+    "calling_model",
+    "calling_offloader",
+    "calling_runner",
+    "pages_are_free",
+]
 
 
 def calling_runner() -> Any | None:
@@ -24,6 +30,17 @@ def calling_connector(own: Any) -> Any | None:
     Such a connector (vLLM's MultiConnector) hands its children copies of its configuration.
     """
     return _caller(lambda one: one is not own and hasattr(one, "get_num_new_matched_tokens"))
+
+
+def calling_model() -> Any | None:
+    """Return the model of the engine that makes us, None where that is in another process.
+
+    For what vLLM makes in its scheduler's process. Only its `uni` executor has the worker there.
+    """
+    engine = _caller(lambda one: hasattr(one, "model_executor"))
+    worker = getattr(getattr(engine, "model_executor", None), "driver_worker", None)
+    runner: Any = getattr(getattr(worker, "worker", None), "model_runner", None)
+    return runner.get_model() if runner else None
 
 
 def calling_offloader() -> Any | None:

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+    from kvstrata.connectors.vllm.events import TierEvents
+
 __all__ = ["SchedulerHalf"]
 
 log = logging.getLogger("kvstrata.vllm")
@@ -114,6 +116,7 @@ class SchedulerHalf:
         self._prefill, self._copies = PrefillMeter(), CopyMeter()
         self._adapters, self._media = KnownAdapters(), MediumDigests()
         self.stats = ConnectorStats()
+        self.events: TierEvents | None = None  # if vLLM publishes any
         self._weights_mark = ""  # what names blocks of weights that are not the files'
         self._weights_changed = False
         self._resets = self._renewals = 0
@@ -328,6 +331,8 @@ class SchedulerHalf:
         """Go on without the cache, or under new names, now that the model has other weights."""
         for tracked in self._requests.values():
             tracked.usable = False  # computed or named with the old ones
+        if self.events:
+            self.events.forget()
         if said == WeightsReport.CHANGED:
             self._weights_changed = True
             log.warning(
@@ -466,6 +471,8 @@ class SchedulerHalf:
         if known < blocks:
             key = self._key(tracked.request.cache_salt or "")
             tracked.hashes += sequence_hashes(key, tracked.lineage.digests[known:])
+            if self.events:
+                self.events.know(tracked.request, tracked.hashes, known)
         return tracked.hashes[:blocks]
 
     def _key(self, salt: str) -> NamespaceKey:

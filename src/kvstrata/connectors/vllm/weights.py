@@ -19,7 +19,7 @@ import torch
 
 from kvstrata.connectors.vllm.metadata import StepPlan, WeightsReport
 
-__all__ = ["WeightsWatch"]
+__all__ = ["WeightsEye", "WeightsWatch"]
 
 log = logging.getLogger("kvstrata.vllm")
 
@@ -27,25 +27,18 @@ _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 1024
 
 
-class WeightsWatch:
-    """The worker half's eye on the weights. Without a model it sees nothing and objects to nothing.
+class WeightsEye:
+    """What can be seen of a model's weights from the process that has them.
 
     It notices calls of the model's `load_weights`, parameters that were put elsewhere or written
     through autograd, and, where they are in the host's memory, other bytes in a sample of them.
     """
 
-    def __init__(self, model: Any | None) -> None:
-        """Remember what the weights are now."""
-        self._parameters: list[torch.Tensor] = []
+    def __init__(self, model: Any) -> None:
+        """Listen and look at `model` from now on."""
         self._loads = 0
-        self._resets = self._renewals = 0
-        self._stale = False
-        if model is None:
-            log.warning("kvstrata cannot see the weights: reset it whenever you change them")
-            return
         self._listen(model)
         self._parameters = [each for each in model.parameters() if each.numel()]
-        self._known = self._look()
 
     def _listen(self, model: Any) -> None:
         """Count calls of `load_weights`: most ways to new weights end there."""
@@ -57,14 +50,44 @@ class WeightsWatch:
 
         model.load_weights = counted
 
+    @property
+    def sees(self) -> bool:
+        """Whether there is anything to look at."""
+        return bool(self._parameters)
+
+    def look(self) -> tuple[Any, ...]:
+        """Return what is seen now; it compares unequal once the weights have changed."""
+        every = max(1, len(self._parameters) // _SAMPLES)
+        places = [(each.data_ptr(), each._version) for each in self._parameters]  # noqa: SLF001
+        samples = [_middle(each) for each in self._parameters[::every] if each.device.type == "cpu"]
+        return self._loads, places, samples
+
+
+class WeightsWatch:
+    """The worker half's eye on the weights. Without a model it sees nothing and objects to nothing.
+
+    What it notices is what a `WeightsEye` sees.
+    """
+
+    def __init__(self, model: Any | None) -> None:
+        """Remember what the weights are now."""
+        self._eye: WeightsEye | None = None
+        self._resets = self._renewals = 0
+        self._stale = False
+        if model is None:
+            log.warning("kvstrata cannot see the weights: reset it whenever you change them")
+            return
+        self._eye = WeightsEye(model)
+        self._known = self._eye.look()
+
     def check(self, plan: StepPlan) -> WeightsReport:
         """Return what is new; to be called before the step's first job."""
         self._renewals = max(self._renewals, plan.renewals)  # another worker may have seen it
         first_look = plan.resets != self._resets
         self._resets = plan.resets
-        if not self._parameters or not (first_look or plan.loads or plan.saves):
+        if not (self._eye and self._eye.sees) or not (first_look or plan.loads or plan.saves):
             return WeightsReport.SAME
-        found = self._look()
+        found = self._eye.look()
         changed = found != self._known
         if first_look:
             self._known = found
@@ -79,12 +102,6 @@ class WeightsWatch:
     def allows(self, plan: StepPlan) -> bool:
         """Return whether the jobs of a plan were made for the weights that the model has."""
         return not self._stale and plan.renewals == self._renewals
-
-    def _look(self) -> tuple[Any, ...]:
-        every = max(1, len(self._parameters) // _SAMPLES)
-        places = [(each.data_ptr(), each._version) for each in self._parameters]  # noqa: SLF001
-        samples = [_middle(each) for each in self._parameters[::every] if each.device.type == "cpu"]
-        return self._loads, places, samples
 
 
 def _middle(parameter: torch.Tensor) -> bytes:

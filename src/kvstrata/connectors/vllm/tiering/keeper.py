@@ -14,15 +14,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Final, TypeAlias
 
 from kvstrata.connectors.vllm.tiering.mapping import DaemonSide, Epoch, Rows
+from kvstrata.connectors.vllm.tiering.work import (
+    Answered,
+    Ended,
+    KeeperCounters,
+    Load,
+    Question,
+    Store,
+)
 from kvstrata.core.ids import LineageDigest
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.session import Session
 
-__all__ = ["Answered", "Ended", "Keeper", "KeeperCounters", "Load", "Question", "Store"]
+__all__ = ["Keeper"]
 
 log = logging.getLogger("kvstrata.vllm")
 
@@ -34,114 +42,17 @@ _WORK_MAX: Final = 4096
 _EVENTS_MAX: Final = 65536
 
 
-@dataclass(slots=True)
-class KeeperCounters:
-    """What happened so far, in blocks unless said otherwise."""
-
-    asked: int = 0
-    """Asked for."""
-    found: int = 0
-    """Found, ready to be loaded."""
-    loaded: int = 0
-    """Copied to vLLM."""
-    unloaded: int = 0
-    """Asked to be loaded and not: gone, torn, too late, or no daemon."""
-    torn: int = 0
-    """Of these, copied while the slot was given to another block."""
-    stored: int = 0
-    """Handed to the daemon, or there already."""
-    unstored: int = 0
-    """Not stored: no slot free, too late, or no daemon."""
-    late: int = 0
-    """Pieces of work that ended at their time limit."""
-    refused: int = 0
-    """Pieces of work for which a queue had no room."""
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """Asks whether blocks of one prompt are kept, and ready to be loaded."""
-
-    name: str
-    """Under which the daemon holds what is found."""
-    mark: str
-    """Mark of the blocks' keys."""
-    digests: tuple[LineageDigest, ...]
-    """The blocks, in the order of the prompt."""
-    until: float
-    """When it must be answered, on the monotonic clock."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """How many leading blocks of a question are ready."""
-
-    question: Question
-    """The question."""
-    ready: int
-    """Leading blocks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Copy kept blocks to rows of vLLM's tier."""
-
-    job: int
-    """vLLM's number of the job."""
-    mark: str
-    """Mark of the blocks' keys."""
-    digests: tuple[LineageDigest, ...]
-    """The blocks, in the order of the prompt."""
-    rows: tuple[int, ...]
-    """The row of each."""
-    until: float
-    """When it must have ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """Copy rows of vLLM's tier to the daemon."""
-
-    job: int
-    """vLLM's number of the job."""
-    mark: str
-    """Mark of the blocks' keys."""
-    digests: tuple[LineageDigest, ...]
-    """The blocks, in the order of the prompt."""
-    rows: tuple[int, ...]
-    """The row of each."""
-    parent: LineageDigest | None
-    """The block before the first, None if that is the root or not known."""
-    until: float
-    """When it must have ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A load or store that touches no row any more."""
-
-    job: int
-    """vLLM's number of the job."""
-    good: int
-    """Leading blocks that were copied, or that the daemon has already."""
-    count: int
-    """Blocks of the job."""
-    took_s: float
-    """How long its copies and calls took."""
-
-
 _Work: TypeAlias = Question | Load | Store
 
 
 class Keeper:
     """Serves one tier of one engine."""
 
-    def __init__(self, session: Session, rows: Rows, *, tenant: str = "") -> None:
-        """Serve from `session`, which nobody else uses; `tenant` is charged for what is stored."""
+    def __init__(self, session: Session, rows: Rows) -> None:
+        """Serve from `session`, which nobody else uses."""
         self.counters = KeeperCounters()
         self._daemon = DaemonSide(session)
         self._rows = rows
-        self._tenant = tenant
         self._names = map(str, itertools.count(1))
         self._lock = threading.Condition()
         self._questions: deque[Question] = deque()
@@ -155,6 +66,7 @@ class Keeper:
         self._answers: deque[Answered] = deque(maxlen=_EVENTS_MAX)
         self._ended: deque[Ended] = deque()  # as many as vLLM has jobs
         self._closing = False
+        self._cancelling = False  # what is at hand ends at its next block
         self._thread = threading.Thread(target=self._run, name="kvstrata-tier", daemon=True)
 
     # -- the scheduler's side ------------------------------------------------------------------
@@ -212,6 +124,19 @@ class Keeper:
         """Wait until no row is touched any more: each piece of work has its time limit."""
         with self._lock:
             self._lock.wait_for(lambda: not self._busy)
+
+    def cancel(self) -> None:
+        """End every load and store, those at hand at their next block, and wait until they have."""
+        with self._lock:
+            self._cancelling = True
+            left: list[Load | Store] = [*self._loads, *self._stores]
+            self._loads.clear()
+            self._stores.clear()
+        for work in left:
+            self.counters.cancelled += len(work.rows)
+            self._end(work, 0, 0.0, handed=True)
+        self.drain()
+        self._cancelling = False
 
     def statistics(self) -> dict[str, int]:
         """Return the counters, by name."""
@@ -354,13 +279,18 @@ class Keeper:
         self._asks_again = True
         return None
 
+    def _must_end(self, work: Load | Store) -> bool:
+        if time.monotonic() >= work.until:
+            self.counters.late += 1
+            return True
+        return self._cancelling
+
     def _load(self, load: Load) -> int:
         """Return how many leading rows have their bytes; of the others nobody may use any."""
         epoch = self._daemon.epoch()
         if epoch is None:
             return 0
-        if time.monotonic() >= load.until:
-            self.counters.late += 1
+        if self._must_end(load):
             return 0
         name = f"load {next(self._names)}"
         hashes = wire.join_hashes(epoch.hashes(load.mark, load.digests))
@@ -375,12 +305,11 @@ class Keeper:
     def _copy_in(self, epoch: Epoch, acquired: wire.Acquired, load: Load) -> int:
         pairs = zip(acquired.slots, acquired.generations, load.rows, strict=False)
         for good, (slot, generation, row) in enumerate(pairs):
-            if time.monotonic() >= load.until:
-                self.counters.late += 1
+            if self._must_end(load):
                 return good
-            if epoch.generations[slot] == generation:
-                self._rows[row] = epoch.blocks[slot]
-            if epoch.generations[slot] != generation:
+            if epoch.host.generations[slot] == generation:
+                self._rows[row] = epoch.host.blocks[slot]
+            if epoch.host.generations[slot] != generation:
                 self.counters.torn += 1
                 return good
         return min(len(acquired.slots), len(load.rows))
@@ -390,22 +319,20 @@ class Keeper:
         epoch = self._daemon.epoch()
         if epoch is None:
             return 0
-        if time.monotonic() >= store.until:
-            self.counters.late += 1
+        if self._must_end(store):
             return 0
         name = f"store {next(self._names)}"
         parent = epoch.hashes(store.mark, [store.parent] if store.parent else [])
         hashes = wire.join_hashes(epoch.hashes(store.mark, store.digests))
-        call = wire.Reserve(name, b"".join(parent), hashes, tenant=self._tenant)
+        call = wire.Reserve(name, b"".join(parent), hashes, store.hints, store.tenant)
         reserved = self._daemon.call(call, wire.Reserved)
         if reserved is None:
             return 0
         filled = 0
         for index, slot in zip(reserved.indices, reserved.slots, strict=True):
-            if time.monotonic() >= store.until:
-                self.counters.late += 1
+            if self._must_end(store):
                 break
-            epoch.blocks[slot] = self._rows[store.rows[index]]
+            epoch.host.blocks[slot] = self._rows[store.rows[index]]
             filled += 1
         slots, left = reserved.slots[:filled], reserved.slots[filled:]
         if left:

@@ -10,11 +10,10 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstrata.core.errors import CallRefusedError, KvstrataError
 from kvstrata.core.ids import LineageDigest, SequenceHash
 from kvstrata.runtime import messages as wire
+from kvstrata.runtime.mapped import MappedHost, ask_or_go_on, try_map_host
 from kvstrata.runtime.session import Session
-from kvstrata.storage.arena import Arena
 from kvstrata.tokens import sequence_hashes
 from kvstrata.tokens.namespace import ModelKey, salted_key
 
@@ -36,12 +35,8 @@ class Epoch:
     """The session's epoch."""
     model_key: ModelKey
     """From which the keys of each mark are made."""
-    arena: Arena
+    host: MappedHost
     """The host tier."""
-    blocks: Rows
-    """Its slots."""
-    generations: NDArray[np.uint64]
-    """The generation of each slot."""
 
     def hashes(self, mark: str, digests: Sequence[LineageDigest]) -> list[SequenceHash]:
         """Return the daemon's keys; what was stored under one mark is not found under another."""
@@ -66,33 +61,14 @@ class DaemonSide:
         self._unmap()
         welcome = session.welcome
         assert welcome is not None, "a usable session has been welcomed"
-        try:
-            arena = Arena.attach(welcome.arena, welcome.layout)
-        except KvstrataError as error:
-            log.warning("kvstrata cannot map the daemon's arena: %s", error)
-            return None
-        grid = arena.grid
-        blocks: Rows = np.ndarray(
-            (grid.slots, grid.block_bytes),
-            np.uint8,
-            arena.region.view,
-            grid.base_bytes,
-            (grid.stride_bytes, 1),
-        )
-        generations = np.frombuffer(arena.generations, np.uint64)
-        key = ModelKey(welcome.model_key)
-        self._epoch = Epoch(session.epoch, key, arena, blocks, generations)
+        host = try_map_host(welcome, log)
+        if host is not None:
+            self._epoch = Epoch(session.epoch, ModelKey(welcome.model_key), host)
         return self._epoch
 
     def call(self, call: wire.Call, kind: type[AnswerT]) -> AnswerT | None:
         """Make one call; None if it was refused or the daemon is gone."""
-        try:
-            return self.session.call(call, kind)
-        except CallRefusedError as error:
-            log.warning("kvstrata daemon refused a call: %s", error)
-        except KvstrataError as error:  # a lost session has said so itself
-            log.debug("no answer: %s", error)
-        return None
+        return ask_or_go_on(self.session, call, kind, log)
 
     def close(self) -> None:
         """Leave the daemon, or end it if it is ours; twice is harmless."""
@@ -101,5 +77,5 @@ class DaemonSide:
 
     def _unmap(self) -> None:
         if self._epoch:
-            arena, self._epoch = self._epoch.arena, None
-            arena.close()
+            host, self._epoch = self._epoch.host, None
+            host.arena.close()

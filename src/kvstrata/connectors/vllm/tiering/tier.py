@@ -4,7 +4,7 @@ Laws of vLLM's that shape it. A job's rows are pinned until its result is taken,
 that no row is touched any more, whatever came of it. A row whose load failed is thrown away by
 vLLM; it asks again, and must be told MISS then, or the request would wait for ever. vLLM's reset of
 its connector empties its CPU tier only; here it ends the use of everything kept before, too, since
-what is reset after is a change of the weights.
+what is reset after is a change of the weights. A change that comes without it is seen (`weights`).
 """
 
 from __future__ import annotations
@@ -28,16 +28,21 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
-from kvstrata.connectors.vllm.runner import calling_offloader, pages_are_free
+from kvstrata.connectors.vllm.hints import RequestHints, read_hints
+from kvstrata.connectors.vllm.runner import calling_model, calling_offloader, pages_are_free
 from kvstrata.connectors.vllm.settings import ConnectorSettings, read_settings
+from kvstrata.connectors.vllm.tiering.hints import block_hints
 from kvstrata.connectors.vllm.tiering.identity import (
     digest_of,
     refuse_unknown,
     row_layout,
     row_namespace,
 )
-from kvstrata.connectors.vllm.tiering.keeper import Answered, Ended, Keeper, Load, Question, Store
+from kvstrata.connectors.vllm.tiering.keeper import Keeper
 from kvstrata.connectors.vllm.tiering.mapping import Rows
+from kvstrata.connectors.vllm.tiering.weights import WeightsGuard
+from kvstrata.connectors.vllm.tiering.work import Answered, Ended, Load, Question, Store
+from kvstrata.connectors.vllm.weights import WeightsEye
 from kvstrata.core.errors import ConfigError, LayoutError
 from kvstrata.core.ids import LineageDigest
 from kvstrata.runtime.session import Session
@@ -95,10 +100,11 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
         self._settings = _read(settings)
         self._rows = _rows(primary_kv_view)
         session = self._session(offloading_spec)
+        self._weights = _guard()
         session.open()
         self._session_at_start = session
         self._step_tokens = offloading_spec.tokens_per_block[0] * offloading_spec.blocks_per_chunk
-        self._keeper = Keeper(session, self._rows, tenant=self._settings.tenant)
+        self._keeper = Keeper(session, self._rows)
         self._keeper.start()
         self._mark = ""
         self._questions = 0
@@ -109,6 +115,7 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
         self._tainted: set[str] = set()  # requests that computed something before the last reset
         self._spoiled = False  # vLLM may still find its own blocks from before the last reset
         self._jobs: dict[int, list[OffloadKey]] = {}
+        self._loads: set[int] = set()  # of the jobs
         self._refused: list[JobResult] = []
         try:
             self._fly_canary()
@@ -153,6 +160,8 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """Return whether a block can be loaded now; RETRY while the daemon is asked."""
+        if not self._weights.may_find():
+            return LookupResult.MISS
         self._take_answers()
         request = self._requests.setdefault(req_context.req_id, _Request())
         request.keys.add(key)
@@ -169,6 +178,7 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Ask the daemon about the step's blocks, one question for each request."""
         del context
+        self._weights.scheduled()
         self._take_answers()
         asked, self._to_ask = self._to_ask, {}
         for name, all_keys in asked.items():
@@ -206,8 +216,9 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
     def submit_load(self, job_metadata: TransferJob) -> None:
         """Have blocks copied to vLLM's CPU tier."""
         pairs = list(zip(job_metadata.keys, map(int, job_metadata.chunk_ids), strict=True))
-        keys = self._begin(job_metadata, pairs)
+        keys = self._begin(job_metadata, pairs, refused=not self._weights.may_find())
         if keys:
+            self._loads.add(job_metadata.job_id)
             rows = tuple(row for _, row in pairs)
             job = job_metadata.job_id
             self._keeper.load(Load(job, self._mark, _digests(keys), rows, self._until()))
@@ -217,33 +228,50 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
         context = job_metadata.req_context
         pairs = list(zip(job_metadata.keys, map(int, job_metadata.chunk_ids), strict=True))
         pairs.sort(key=lambda pair: context.get_offload_key_position(pair[0]) or 0)
-        refused = self._spoiled or context.req_id in self._tainted
-        keys = self._begin(job_metadata, pairs, refused=refused)
+        hints = _hints(context)
+        if not hints.store:
+            self._refused.append(JobResult(job_metadata.job_id, success=True, transfer_bytes=0))
+            return
+        spoiled = self._spoiled or context.req_id in self._tainted
+        keys = self._begin(job_metadata, pairs, refused=spoiled or not self._weights.may_store())
         if not keys:
             return
-        parent = self._parent(keys, context)
-        rows = tuple(row for _, row in pairs)
-        job = job_metadata.job_id
-        store = Store(job, self._mark, _digests(keys), rows, parent, self._until())
-        self._keeper.store(store)
+        ends = [context.get_offload_key_position(key) for key in keys]
+        self._keeper.store(
+            Store(
+                job_metadata.job_id,
+                self._mark,
+                _digests(keys),
+                tuple(row for _, row in pairs),
+                self._parent(keys, context),
+                self._settings.tenant if hints.tenant is None else hints.tenant,
+                block_hints(hints.retention, self._step_tokens, ends),
+                self._until(),
+            )
+        )
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """Return the jobs that touch no row any more."""
         results, self._refused = self._refused, []
-        results += [self._result(ended) for ended in self._keeper.take_ended()]
-        return results
+        ended = self._keeper.take_ended()
+        if any(each.job in self._loads for each in ended):
+            self._weights.look()  # vLLM asks us no more before it uses what has come
+        return results + [self._result(each) for each in ended]
 
     def drain_jobs(self) -> None:
-        """Wait until no row is touched any more, and use nothing that was kept before.
+        """End what is under way, and use nothing that was kept before.
 
         vLLM calls it when it resets its connector, and then only; also where requests ran and it
         could not forget its own blocks. New requests find those, so nothing is stored until the
         next reset.
         """
-        self._keeper.drain()
+        self._keeper.cancel()
+        self._loads.clear()  # vLLM is about to empty its CPU tier
         self._mark = secrets.token_hex(16)
         self._tainted = set(self._requests)
         self._spoiled = not pages_are_free(self._offloader._kv_cache_manager)  # noqa: SLF001
+        if not self._spoiled:
+            self._weights.reset()
         self._asked.clear()
         self._to_ask.clear()
         self._waiting.clear()
@@ -324,6 +352,10 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
 
     def _result(self, ended: Ended) -> JobResult:
         keys = self._jobs.pop(ended.job)
+        if ended.job in self._loads:
+            self._loads.discard(ended.job)
+            if self._weights.changed:
+                ended = Ended(ended.job, 0, ended.count, ended.took_s)
         for key in keys[ended.good :]:  # of a load: vLLM must not try again
             self._learn(key, ready=False)
         success = ended.good == ended.count
@@ -344,10 +376,11 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
         kept = row.copy()
         sent = np.frombuffer(secrets.token_bytes(row.shape[1]), np.uint8)
         digest = (LineageDigest(secrets.token_bytes(32)),)
+        tenant = self._settings.tenant
         mark = f"canary {secrets.token_hex(16)}"
         try:
             row[0] = sent
-            self._keeper.store(Store(-1, mark, digest, (0,), None, self._until()))
+            self._keeper.store(Store(-1, mark, digest, (0,), None, tenant, [], self._until()))
             self._keeper.drain()
             row[0] = 0
             self._keeper.ask(Question("canary", mark, digest, self._until()))
@@ -376,6 +409,27 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
 
 def _digests(keys: Sequence[OffloadKey]) -> tuple[LineageDigest, ...]:
     return tuple(digest_of(key) for key in keys)
+
+
+def _hints(context: ReqContext) -> RequestHints:
+    """Return what a request asks for, read once."""
+    hints: RequestHints | None = context.get_state(RequestHints)
+    if hints is None:
+        hints = read_hints(context.kv_transfer_params)
+        context.set_state(hints)
+    return hints
+
+
+def _guard() -> WeightsGuard:
+    """Return what watches the model's weights; raises ConfigError where they cannot be seen."""
+    model = calling_model()
+    eye = None if model is None else WeightsEye(model)
+    if eye is None or not eye.sees:
+        raise ConfigError(
+            "KvstrataTier cannot see the model's weights from vLLM's scheduler",
+            hint="leave distributed_executor_backend out, or use KvstrataConnector",
+        )
+    return WeightsGuard(eye)
 
 
 def _read(settings: dict[str, Any]) -> ConnectorSettings:
