@@ -28,6 +28,7 @@ from kvstrata.connectors.vllm.identity import vllm_namespace
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
 from kvstrata.connectors.vllm.metrics import ConnectorMetrics, ConnectorStats
 from kvstrata.connectors.vllm.runner import calling_connector, calling_runner
+from kvstrata.connectors.vllm.samestep import refuse_layerwise
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import read_settings
 from kvstrata.connectors.vllm.weights import WeightsWatch
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -67,10 +68,11 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         settings = read_settings(self._kv_transfer_config.kv_connector_extra_config)
         cache = engine_cache(vllm_config, kv_cache_config)
         layout = cache.block_layout(settings.block_tokens_for(cache.page_tokens))
+        refuse_layerwise(settings, vllm_config, kv_cache_config, cache, alone=self._parent is None)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.WORKER:
-            self._worker = WorkerHalf(cache, layout)
+            self._worker = WorkerHalf(cache, layout, settings)
             return
         self._recompute_failed_loads()
         namespace = vllm_namespace(
@@ -86,6 +88,7 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
             layout,
             enabled=bool(vllm_config.cache_config.enable_prefix_caching),
             tenant=settings.tenant,
+            same_step=settings.loading == "layerwise",
         )
         if not vllm_config.cache_config.enable_prefix_caching:
             log.warning(
@@ -115,6 +118,11 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         del vllm_config
         return "LBHNC"
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Return whether hooks run between layers, which a graph of the whole pass would skip."""
+        return "layerwise" in {extra_config.get("loading"), extra_config.get("saving")}
+
     @property
     def requires_kv_delivery(self) -> bool:
         """False: a cache that loses blocks costs time, never an answer."""
@@ -132,13 +140,19 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
 
     # -- scheduler half ------------------------------------------------------------------------
 
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        """Take vLLM's cache manager, which knows what a failed load has spoiled."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        assert self._scheduler is not None
+        self._scheduler.same_step.manager = kv_cache_manager
+
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """Return (tokens to load or None to be asked again, loaded between steps)."""
         assert self._scheduler is not None
         tokens = self._scheduler.matched_tokens(request, num_computed_tokens)
-        return tokens, bool(tokens)
+        return tokens, bool(tokens) and not self._scheduler.loads_in_step(request)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -238,13 +252,15 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         self._worker.weights = WeightsWatch(runner.get_model() if runner else None)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """Carry out the step's loads."""
+        """Carry out the step's loads, or begin those that the forward pass waits for by layer."""
         del forward_context, kwargs
         assert self._worker is not None
         self._worker.load(self._plan())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: a request is scheduled only after all its layers have arrived."""
+        """Wait for one layer of loads within the step, if there are any (`loading: layerwise`)."""
+        assert self._worker is not None
+        self._worker.wait_for(layer_name)
 
     def save_kv_layer(
         self,
@@ -253,7 +269,10 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         attn_metadata: AttentionMetadata,
         **kwargs: Any,
     ) -> None:
-        """Nothing: blocks are saved whole at the end of the step."""
+        """Begin to save what the step has computed of one layer (`saving: layerwise`)."""
+        del kv_layer, attn_metadata, kwargs
+        assert self._worker is not None
+        self._worker.computed(self._plan(), layer_name)
 
     def wait_for_save(self) -> None:
         """Carry out the step's saves, before vLLM may give the pages to someone else."""

@@ -29,6 +29,7 @@ from kvstrata.connectors.vllm.metadata import (
     WeightsReport,
 )
 from kvstrata.connectors.vllm.metrics import ConnectorStats
+from kvstrata.connectors.vllm.samestep import SameStepLoads
 from kvstrata.core.errors import CallRefusedError, DaemonError
 from kvstrata.core.ids import SequenceHash
 from kvstrata.layout import BlockLayout, GroupedCache
@@ -70,6 +71,7 @@ class _Tracked:
     holding: bool = False  # the daemon holds blocks for it
     loading: bool = False  # its load was given to the worker and has not ended
     load_tokens: int = 0  # what that load is for
+    same_step: bool = False  # it is within the step that computes on it
     finished: bool = False
     asked_at: float = 0.0  # first, for the load under way
     promised_pages: int = 0  # by it
@@ -89,11 +91,14 @@ class SchedulerHalf:
         *,
         enabled: bool,
         tenant: str = "",
+        same_step: bool = False,
     ) -> None:
         """Serve an engine over an opened session; unless `enabled`, every answer is a miss.
 
-        `tenant` is charged for what is stored by requests that name none.
+        `tenant` is charged for what is stored by requests that name none; `same_step` says that
+        loads may be within the step that uses them.
         """
+        self.same_step = SameStepLoads(cache.page_tokens, wanted=same_step)
         self.session = session
         self._tenant = tenant
         self._block_tokens, self._block_bytes = layout.block_tokens, layout.block_bytes
@@ -136,6 +141,7 @@ class SchedulerHalf:
         tracked = self._track(request)
         tracked.local_tokens = local_tokens
         tracked.ready_blocks = 0
+        tracked.same_step = False
         allowed = self._may_load(tracked)
         if not allowed:
             return None if allowed is None else 0
@@ -160,7 +166,12 @@ class SchedulerHalf:
         if found.pending:
             return None
         tracked.ready_blocks = found.ready
-        return max(0, found.ready * self._block_tokens - local_tokens)
+        tokens = max(0, found.ready * self._block_tokens - local_tokens)
+        welcome = self.session.welcome
+        bridged = welcome is None or welcome.layout != self.session.layout
+        within = 0 if bridged else self.same_step.limit(request, local_tokens, tokens)
+        tracked.same_step = within > 0
+        return within or tokens
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         """Plan the load of the `external_tokens` that vLLM made room for."""
@@ -187,8 +198,15 @@ class SchedulerHalf:
                 generations=[promised[slot] for slot in copy.slots],
                 lost_pages=lost,
                 adapter=tracked.adapter,
+                same_step=tracked.same_step,
             )
         )
+        if tracked.same_step:
+            self.same_step.promise(request, tokens)
+
+    def loads_in_step(self, request: Request) -> bool:
+        """Return whether what was matched last for a request is loaded in the step that uses it."""
+        return self._requests[request.request_id].same_step
 
     # -- each step -----------------------------------------------------------------------------
 
@@ -197,6 +215,7 @@ class SchedulerHalf:
         plan = StepPlan(loads=self._loads, resets=self._resets, renewals=self._renewals)
         plan.introduce = not self._fenced
         self._loads = []
+        self.same_step.scheduled()
         self._measure(plan, output)
         loading = (job.request for job in plan.loads)
         plan.adapters = self._adapters.plan(self._adapters_of(output.num_scheduled_tokens, loading))
@@ -233,7 +252,7 @@ class SchedulerHalf:
         if report.pids and not self._fenced:
             self.fence(report.pids)
         self._copies.copied(report.copied_bytes, report.copied_s)
-        self._count_copies(report)
+        self.same_step.proved(report)
         done: list[_Tracked] = []
         for request_id, good_pages in report.loaded.items():
             tracked = self._requests.get(request_id)
@@ -241,7 +260,9 @@ class SchedulerHalf:
                 tracked.loading = False
                 self._count_load(tracked, good_pages)
                 self._count(tracked, good_pages)
+                self._spoil(tracked, good_pages, report)
                 done.append(tracked)
+        self._count_copies(report)
         self._release(done)
         for tracked in done:
             if tracked.finished:
@@ -292,7 +313,9 @@ class SchedulerHalf:
     # -- private -------------------------------------------------------------------------------
 
     def _may_load(self, tracked: _Tracked) -> bool | None:
-        """Return whether the daemon may be asked for a request, None while its name is unknown."""
+        """Return whether the daemon may be asked for a request, None while it must wait."""
+        if self.same_step.shares(tracked.request, tracked.local_tokens):
+            return None
         if not self._enabled or not tracked.usable:
             return False
         ready = not self._weights_changed and self._ready()
@@ -370,6 +393,13 @@ class SchedulerHalf:
         self.stats.count("failed_loads", int(failed))
         self.stats.waited(time.monotonic() - tracked.asked_at)
         tracked.asked_at = 0.0
+
+    def _spoil(self, tracked: _Tracked, good_pages: int, report: StepReport) -> None:
+        """Keep nothing that was computed on a load that failed within the step."""
+        if tracked.same_step and good_pages < tracked.promised_pages:
+            good = tracked.local_tokens + good_pages * self._page_tokens
+            self.same_step.failed(tracked.request, good, tracked.name, report)
+            tracked.saved_blocks = min(tracked.saved_blocks, good // self._block_tokens)
 
     def _count_copies(self, report: StepReport) -> None:
         blocks = sum(len(job.slots) for job in report.saved)
