@@ -11,6 +11,7 @@ import itertools
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -77,7 +78,7 @@ class _Tracked:
     promised_pages: int = 0  # by it
     failed_loads: int = 0
     staged: dict[str, int] = field(default_factory=dict)  # tokens of its load, by lower tier
-    tokens_from: dict[str, int] = field(default_factory=lambda: {"host": 0, "disk": 0})
+    tokens_from: Counter[str] = field(default_factory=lambda: Counter(host=0, disk=0))
 
 
 class SchedulerHalf:
@@ -285,7 +286,10 @@ class SchedulerHalf:
         if not tracked.loading:  # else the worker still reads what the daemon holds for it
             self._release([tracked])
             del self._requests[request.request_id]
-        return {"kvstrata": {"tokens_from": dict(tracked.tokens_from)}}
+        told = tracked.tokens_from.copy()
+        if tracked.loading and tracked.same_step:  # its first step was its last: the load was good
+            told.update(self._brought(tracked, tracked.promised_pages))
+        return {"kvstrata": {"tokens_from": dict(told)}}
 
     def staged_tokens(self, request: Request) -> int:
         """Return how many tokens of the load under way came from below the host for it."""
@@ -415,16 +419,22 @@ class SchedulerHalf:
 
     def _count(self, tracked: _Tracked, good_pages: int) -> None:
         """Add what a load has brought to the request's account."""
+        brought = self._brought(tracked, good_pages)
+        tracked.tokens_from.update(brought)
+        for tier, tokens in brought.items():
+            self.stats.count("loaded_tokens", tokens, tier)
+
+    def _brought(self, tracked: _Tracked, good_pages: int) -> Counter[str]:
+        """Return the tokens of so many pages of a load, by the tier that they came from."""
         tokens = good_pages * self._page_tokens
         if not self._cache.is_whole:  # all or nothing, with as many pages as the windows need
             tokens = tracked.load_tokens if good_pages else 0
+        brought: Counter[str] = Counter()
         for tier, staged in tracked.staged.items():
-            counted = min(staged, tokens)
-            tracked.tokens_from[tier] = tracked.tokens_from.get(tier, 0) + counted
-            self.stats.count("loaded_tokens", counted, tier)
-            tokens -= counted
-        tracked.tokens_from["host"] += tokens
-        self.stats.count("loaded_tokens", tokens, "host")
+            brought[tier] = min(staged, tokens)
+            tokens -= brought[tier]
+        brought["host"] += tokens
+        return brought
 
     def _track(self, request: Request) -> _Tracked:
         tracked = self._requests.get(request.request_id)

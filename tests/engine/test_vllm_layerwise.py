@@ -1,0 +1,316 @@
+"""Loads and saves beside the forward pass: `loading: layerwise`, `saving: layerwise`."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+LAYERWISE = {"tiers": "host:64MiB", "loading": "layerwise", "saving": "layerwise"}
+LAYERS = 4
+
+
+def _copies():
+    """The class that copies; its module imports vLLM, which must not be while tests are found."""
+    from kvstrata.connectors.vllm.layerwise import LayerCopies
+
+    return LayerCopies
+
+
+@pytest.fixture(scope="module")
+def engine(engine_on, reference):
+    """One engine for this module; `reference` has run without kvstrata before it starts."""
+    assert reference
+    with engine_on(LAYERWISE) as running:
+        running.ask([[7] * 40], max_tokens=1)  # a first pass, which asks for every layer
+        yield running
+
+
+@pytest.fixture
+def kept(engine, prompts, reference):
+    """The engine, with the four prompts' blocks kept and vLLM's own cache empty."""
+    assert engine.llm.reset_prefix_cache(reset_connector=True)
+    assert [each.tokens for each in engine.ask(prompts)] == reference
+    engine.forget()
+    yield engine
+    assert engine.worker._copies._jobs == []
+    assert engine.connector._scheduler._requests.keys() == set()
+    from kvstrata.runtime.admin import AdminClient
+
+    with AdminClient(engine.connector.daemon_address) as admin:
+        assert admin.stats()["node"]["holds"] == 0
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Requests of every load that was begun beside a pass."""
+    seen: list[str] = []
+    real_begin = _copies().begin_loads
+
+    def begin(self, jobs):
+        seen.extend(job.request for job in jobs)
+        real_begin(self, jobs)
+
+    monkeypatch.setattr(_copies(), "begin_loads", begin)
+    return seen
+
+
+def test_a_hit_is_loaded_in_the_step_that_uses_it(kept, prompts, reference, begun):
+    core = kept.llm.llm_engine
+    from vllm import SamplingParams
+
+    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+    core.add_request("first", {"prompt_token_ids": prompts[2]}, one)
+    (output,) = core.step()
+    assert output.finished
+    assert output.outputs[0].token_ids[0] == reference[2][0], "one step has loaded and answered"
+    assert len(begun) == 1
+    kept.forget()
+    answers = kept.ask(prompts)
+    assert [each.tokens for each in answers] == reference
+    # Of the second prompt, kept whole, the last page is computed: some token has to be.
+    assert [each.tokens_from["host"] for each in answers] == [64, 96, 256, 0]
+    assert len(begun) == 4
+
+
+def test_layers_are_copied_while_others_compute(kept, prompts, reference, monkeypatch):
+    """No copy of a layer but the first may begin before the pass has computed layer 0."""
+    events: list[tuple[str, int]] = []
+    first_computed = threading.Event()
+    names = list(kept.worker._copies._layers)
+    assert len(names) == LAYERS
+    real_load, real_save = _copies()._load_layer, _copies()._save_layer
+    real_wait, real_computed = type(kept.worker).wait_for, type(kept.worker).computed
+
+    def load(self, name, rows):
+        if name != names[0]:
+            assert first_computed.wait(4), "the pass waits for layers that it does not need yet"
+        events.append(("copy", names.index(name)))
+        real_load(self, name, rows)
+
+    def wait_for(self, layer):
+        real_wait(self, layer)
+        events.append(("there", names.index(layer)))
+
+    def computed(self, plan, layer):
+        real_computed(self, plan, layer)
+        events.append(("computed", names.index(layer)))
+        first_computed.set()
+
+    def save(self, name, rows):
+        real_save(self, name, rows)
+        events.append(("saved", names.index(name)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_copies(), "_load_layer", load)
+        patch.setattr(_copies(), "_save_layer", save)
+        patch.setattr(type(kept.worker), "wait_for", wait_for)
+        patch.setattr(type(kept.worker), "computed", computed)
+        longer = [*prompts[2], *prompts[0]]  # 4 blocks are loaded, a fifth is computed and saved
+        answer = kept.ask([longer], max_tokens=1)[0]
+    assert answer.tokens_from["host"] == 256
+    place = {event: events.index(event) for event in events}
+    assert place["computed", 0] < place["copy", LAYERS - 1]
+    for layer in range(LAYERS):
+        assert place["copy", layer] < place["there", layer] < place["computed", layer]
+        assert place["computed", layer] < place["saved", layer] or layer == 0
+        assert ("saved", layer) in place
+    kept.forget()
+    assert kept.ask([prompts[2]])[0].tokens == reference[2]
+
+
+def test_a_layer_is_saved_before_the_last_is_computed(kept, monkeypatch):
+    """The last layer's pass waits here until the first layer is saved."""
+    saved = threading.Event()
+    names = list(kept.worker._copies._layers)
+    real_save, real_wait = _copies()._save_layer, type(kept.worker).wait_for
+    early = []
+
+    def save(self, name, rows):
+        real_save(self, name, rows)
+        saved.set()
+
+    def wait_for(self, layer):
+        if layer == names[-1]:
+            early.append(saved.wait(4))
+        real_wait(self, layer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_copies(), "_save_layer", save)
+        patch.setattr(type(kept.worker), "wait_for", wait_for)
+        kept.ask([[9] * 100], max_tokens=1)
+    assert early == [True]
+    layout, blocks = kept.stored([9] * 64)
+    kept.forget()
+    assert kept.ask([[9] * 100], max_tokens=1)[0].tokens_from["host"] == 64
+    assert len(blocks) == 1
+    assert len(blocks[0]) == layout.block_bytes
+
+
+def test_what_is_saved_by_layers_is_what_is_saved_whole(kept, prompts, monkeypatch):
+    by_layers = kept.stored(prompts[2][:256])[1]
+    assert kept.llm.reset_prefix_cache(reset_connector=True)
+    monkeypatch.setattr(_copies(), "computed", lambda *_: None)
+    kept.ask(prompts, max_tokens=1)
+    assert kept.stored(prompts[2][:256])[1] == by_layers
+
+
+def test_slot_reused_under_the_copy_is_recomputed(kept, prompts, reference, begun, monkeypatch):
+    """The slot is given away when two layers are there and the pass is at work on them."""
+    real_load = _copies()._load_layer
+    third = list(kept.worker._copies._layers)[2]
+    arena, before = kept.worker._arena, {}
+
+    def load(self, name, rows):
+        if name == third:
+            slot = rows.slots[rows.places == 0][2]
+            before[slot] = bytes(arena.slot(slot))
+            arena.generations[slot] += 1
+            arena.slot(slot)[:] = bytes([0x5A]) * len(before[slot])
+        real_load(self, name, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_copies(), "_load_layer", load)
+        answer = kept.ask([prompts[2]])[0]
+    assert len(begun) == 1
+    assert answer.tokens == reference[2]
+    assert answer.tokens_from == {"host": 128, "disk": 0}, "the good part of the prefix is kept"
+    for slot, data in before.items():  # the daemon knows of no other owner
+        arena.slot(slot)[:] = data
+    again = kept.ask([prompts[2]])[0]
+    assert again.tokens == reference[2]
+    assert again.tokens_from["host"] == 128, "vLLM has kept the good part in its own cache"
+
+
+def _spoil_loads(patch, times=1):
+    """Let the next loads write rubbish into the pages, and fail."""
+    real_load, left = _copies()._load_layer, [times * LAYERS]
+
+    def load(self, name, rows):
+        if left[0] <= 0:
+            real_load(self, name, rows)
+            return
+        left[0] -= 1
+        pages, _ = self._layers[name]
+        pages[rows.pages] = 0x3F
+        raise OSError("the copy failed")
+
+    patch.setattr(_copies(), "_load_layer", load)
+
+
+def test_those_who_share_a_load_that_fails(kept, prompts, reference, begun, monkeypatch):
+    """They come in the same step, in which vLLM shows them the pages that are to be loaded."""
+    tail = [prompts[3][:n] for n in (1, 2, 3, 5)]
+    many = [prompts[2] + each for each in tail]
+    expected = [each.tokens for each in kept.ask(many)]
+    kept.forget()
+    with monkeypatch.context() as patch:
+        _spoil_loads(patch)
+        answers = kept.ask(many)
+    assert begun
+    assert [each.tokens for each in answers] == expected
+    kept.forget()
+    assert kept.ask([prompts[2]])[0].tokens == reference[2]
+
+
+def test_pages_of_a_failed_load_are_not_found_again(kept, prompts, reference, monkeypatch):
+    """Its request is aborted before it has computed them anew."""
+    from vllm import SamplingParams
+
+    core = kept.llm.llm_engine
+    parameters = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+    with monkeypatch.context() as patch:
+        _spoil_loads(patch)
+        core.add_request("aborted", {"prompt_token_ids": prompts[2]}, parameters)
+        assert core.step() == []
+        core.abort_request(["aborted"], internal=False)
+        while core.has_unfinished_requests():
+            core.step()
+        answer = kept.ask([prompts[2]])[0]
+    assert answer.tokens == reference[2]
+    assert answer.tokens_from["host"] == 256, "not from vLLM's own cache"
+
+
+def test_what_a_failed_load_has_computed_is_not_kept(kept, prompts, monkeypatch):
+    longer = [*prompts[2][:256], *prompts[0][:65]]
+    with monkeypatch.context() as patch:
+        _spoil_loads(patch)
+        failed = kept.ask([longer])[0]
+    blocks = kept.stored(longer[:320])[1]
+    assert kept.llm.reset_prefix_cache(reset_connector=True)
+    assert kept.ask([longer])[0].tokens == failed.tokens
+    cold = kept.stored(longer[:320])[1]
+    assert _differ(blocks, cold) < 1e-3
+
+
+def _differ(left, right):
+    import numpy as np
+
+    pairs = zip(left, right, strict=True)
+    return max(
+        float(np.abs(np.frombuffer(a, np.float32) - np.frombuffer(b, np.float32)).max())
+        for a, b in pairs
+    )
+
+
+def _slow_copies(patch, engine, seconds):
+    real_load = _copies()._load_layer
+
+    def load(self, name, rows):
+        time.sleep(seconds)
+        real_load(self, name, rows)
+
+    patch.setattr(_copies(), "_load_layer", load)
+    patch.setattr(engine.worker._copies, "_timeout_s", 0.2)
+
+
+def test_a_copy_past_its_deadline_is_recomputed(kept, prompts, reference, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        _slow_copies(patch, kept, 0.3)
+        answer = kept.ask([prompts[2]])[0]
+    assert answer.tokens == reference[2]
+    assert answer.tokens_from == {"host": 0, "disk": 0}
+    assert "a load took more than 0.2 s" in caplog.text
+
+
+def test_a_policy_that_fails_requests(kept, prompts, reference, monkeypatch):
+    """Ours is to recompute; whoever sets vLLM's own after the start has failed requests only."""
+    scheduler = kept.llm.llm_engine.engine_core.engine_core.scheduler
+    assert scheduler.recompute_kv_load_failures
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+    core = kept.llm.llm_engine
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "recompute_kv_load_failures", False)
+        _slow_copies(patch, kept, 0.3)
+        core.add_request("fails", {"prompt_token_ids": prompts[2]}, parameters)
+        outputs = []
+        while core.has_unfinished_requests():
+            outputs += core.step()
+        assert [each.outputs[0].finish_reason for each in outputs] == ["error"]
+    answers = kept.ask([prompts[2], prompts[1]])
+    assert [each.tokens for each in answers] == [reference[2], reference[1]]
+    assert answers[0].tokens_from["host"] == 256
+
+
+def test_a_pass_that_does_not_ask_is_recomputed(kept, prompts, reference, monkeypatch):
+    """It may have read a layer before it was there."""
+    names = list(kept.worker._copies._layers)
+    real_wait, struck = type(kept.worker).wait_for, []
+
+    def wait_for(self, layer):
+        if layer == names[1] and not struck:
+            struck.append(layer)
+            return
+        real_wait(self, layer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(kept.worker), "wait_for", wait_for)
+        answer = kept.ask([prompts[2]])[0]
+    assert struck
+    assert answer.tokens == reference[2]
+    assert answer.tokens_from == {"host": 0, "disk": 0}

@@ -1,0 +1,129 @@
+"""Whole runs with layer-wise loads and saves: many prompts, small caches, refusals."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from kvstrata.core.errors import ConfigError
+
+pytestmark = pytest.mark.engine
+
+LAYERWISE = {"tiers": "host:64MiB", "loading": "layerwise", "saving": "layerwise"}
+
+
+def _copies():
+    """The class that copies; its module imports vLLM, which must not be while tests are found."""
+    from kvstrata.connectors.vllm.layerwise import LayerCopies
+
+    return LayerCopies
+
+
+@pytest.fixture(scope="module")
+def many(engine_on):
+    """Four dozen prompts that share beginnings, and vLLM's answers without kvstrata."""
+    luck = random.Random(5)
+    roots = [[luck.randrange(3, 512) for _ in range(192)] for _ in range(4)]
+    asked = [
+        [*roots[index % 4][: luck.choice((64, 100, 128, 192))]]
+        + [luck.randrange(3, 512) for _ in range(luck.choice((1, 28, 32, 64, 90)))]
+        for index in range(48)
+    ]
+    with engine_on() as alone:
+        return asked, [answer.tokens for answer in alone.ask(asked)]
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Counts of loads that were begun beside a pass, and of saves that were made beside one."""
+    seen = {"loads": 0, "saves": 0}
+    real_begin, real_end = _copies().begin_loads, _copies().end_saves
+
+    def begin(self, jobs):
+        seen["loads"] += len(jobs)
+        real_begin(self, jobs)
+
+    def end(self):
+        jobs = real_end(self)
+        seen["saves"] += len(jobs)
+        return jobs
+
+    monkeypatch.setattr(_copies(), "begin_loads", begin)
+    monkeypatch.setattr(_copies(), "end_saves", end)
+    return seen
+
+
+def _tokens(answers):
+    return [answer.tokens for answer in answers]
+
+
+@pytest.mark.parametrize("batch_tokens", [512, 96], ids=["whole", "chunked"])
+def test_dozens_of_prompts(engine_on, many, begun, tmp_path, batch_tokens):
+    asked, expected = many
+    extra = LAYERWISE | {"tiers": f"host:64MiB,disk:{tmp_path}:64MiB"}
+    options = {"max_num_batched_tokens": batch_tokens}
+    with engine_on(extra, **options) as engine:
+        assert _tokens(engine.ask(asked)) == expected
+        assert begun["saves"] > 0
+        engine.forget()
+        warm = engine.ask(asked)
+        assert _tokens(warm) == expected
+        assert begun["loads"] > 0
+        assert sum(answer.tokens_from["host"] for answer in warm) > 0
+        engine.wait_idle()
+    with engine_on(extra, **options) as engine:
+        restarted = engine.ask(asked)
+    assert _tokens(restarted) == expected
+    assert sum(answer.tokens_from["disk"] for answer in restarted) > 0
+
+
+def test_preempted_requests_answer_the_same(engine_on, prompts, begun):
+    many = [prompts[2][start : start + 150] for start in range(0, 96, 16)]
+    small = {"kv_cache_memory_bytes": 22 * 4 * 16384}  # 22 pages of 4 layers: too few for all
+    with engine_on(**small) as engine:
+        expected = _tokens(engine.ask(many, max_tokens=80))
+    with engine_on(LAYERWISE, **small) as engine:
+        assert _tokens(engine.ask(many, max_tokens=80)) == expected
+        preemptions = {m.name: m.value for m in engine.llm.get_metrics() if hasattr(m, "value")}
+        assert preemptions["vllm:num_preemptions"] > 0
+        engine.forget()
+        assert _tokens(engine.ask(many, max_tokens=80)) == expected
+    assert begun["loads"] > 0
+    assert begun["saves"] > 0
+
+
+def test_an_engine_that_does_not_ask_for_layers_loads_between_steps(
+    engine_on, prompts, reference, begun, monkeypatch, caplog
+):
+    from kvstrata.connectors.vllm.worker import WorkerHalf
+
+    for name in ("wait_for", "computed"):
+        monkeypatch.setattr(WorkerHalf, name, lambda *_: None)
+    with engine_on(LAYERWISE) as engine:
+        assert _tokens(engine.ask(prompts)) == reference
+        engine.forget()
+        answers = engine.ask(prompts)
+    assert _tokens(answers) == reference
+    assert [answer.tokens_from["host"] for answer in answers] == [64, 128, 256, 0]
+    assert begun == {"loads": 0, "saves": 0}
+    assert "computes without asking for layer" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("extra", "options", "said"),
+    [
+        ({"loading": "sync"}, {}, "Invalid enum value 'sync' - at `$.loading`"),
+        (
+            {"saving": "layerwise"},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "saving: layerwise is not proven with speculative decoding",
+        ),
+    ],
+    ids=["setting", "speculation"],
+)
+def test_what_is_refused(engine_on, extra, options, said):
+    with pytest.raises(ConfigError) as caught, engine_on(extra, **options):
+        pass
+    assert said in caught.value.message
+    assert caught.value.hint
