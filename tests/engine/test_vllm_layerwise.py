@@ -143,19 +143,39 @@ def test_a_layer_is_saved_before_the_last_is_computed(kept, monkeypatch):
         patch.setattr(type(kept.worker), "wait_for", wait_for)
         kept.ask([[9] * 100], max_tokens=1)
     assert early == [True]
-    layout, blocks = kept.stored([9] * 64)
+    (block,) = _stored(kept, [9] * 64)
     kept.forget()
     assert kept.ask([[9] * 100], max_tokens=1)[0].tokens_from["host"] == 64
-    assert len(blocks) == 1
-    assert len(blocks[0]) == layout.block_bytes
+    assert len(block) == kept.worker._layout.block_bytes
 
 
 def test_what_is_saved_by_layers_is_what_is_saved_whole(kept, prompts, monkeypatch):
-    by_layers = kept.stored(prompts[2][:256])[1]
+    by_layers = _stored(kept, prompts[2][:256])
     assert kept.llm.reset_prefix_cache(reset_connector=True)
     monkeypatch.setattr(_copies(), "computed", lambda *_: None)
     kept.ask(prompts, max_tokens=1)
-    assert kept.stored(prompts[2][:256])[1] == by_layers
+    assert _stored(kept, prompts[2][:256]) == by_layers
+
+
+def test_a_pass_in_parts_is_saved_when_it_has_ended(kept, prompts, monkeypatch):
+    """Asked to save a layer twice, it cannot tell when the layer was whole."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    by_layers = _stored(kept, prompts[2][:256])
+    assert kept.llm.reset_prefix_cache(reset_connector=True)
+    real_wait = type(kept.worker).wait_for
+
+    def wait_for(self, layer):
+        real_wait(self, layer)
+        self.computed(get_kv_transfer_group()._plan(), layer)  # nothing is computed yet
+        time.sleep(0.02)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(kept.worker), "wait_for", wait_for)
+        for cache in kept.worker._copies._layers.values():
+            cache[0][:] = 0x11
+        kept.ask(prompts, max_tokens=1)
+    assert _stored(kept, prompts[2][:256]) == by_layers
 
 
 def test_slot_reused_under_the_copy_is_recomputed(kept, prompts, reference, begun, monkeypatch):
@@ -234,16 +254,43 @@ def test_pages_of_a_failed_load_are_not_found_again(kept, prompts, reference, mo
     assert answer.tokens_from["host"] == 256, "not from vLLM's own cache"
 
 
+def test_nobody_shares_pages_before_they_are_loaded(kept, prompts, monkeypatch):
+    """Two come in one step; the load fails, and the first ends before it has made that good."""
+    from vllm import SamplingParams
+
+    second = [*prompts[2], 8]
+    expected = kept.ask([second])[0].tokens
+    kept.forget()
+    core = kept.llm.llm_engine
+    parameters = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+    with monkeypatch.context() as patch:
+        _spoil_loads(patch)
+        core.add_request("first", {"prompt_token_ids": prompts[2]}, parameters)
+        core.add_request("second", {"prompt_token_ids": second}, parameters)
+        outputs = core.step()
+        core.abort_request(["first"], internal=False)
+        while core.has_unfinished_requests():
+            outputs += core.step()
+    (tokens,) = [tuple(each.outputs[0].token_ids) for each in outputs if each.finished]
+    assert tokens == expected
+
+
 def test_what_a_failed_load_has_computed_is_not_kept(kept, prompts, monkeypatch):
     longer = [*prompts[2][:256], *prompts[0][:65]]
     with monkeypatch.context() as patch:
         _spoil_loads(patch)
         failed = kept.ask([longer])[0]
-    blocks = kept.stored(longer[:320])[1]
+    blocks = _stored(kept, longer[:320])
     assert kept.llm.reset_prefix_cache(reset_connector=True)
     assert kept.ask([longer])[0].tokens == failed.tokens
-    cold = kept.stored(longer[:320])[1]
+    cold = _stored(kept, longer[:320])
     assert _differ(blocks, cold) < 1e-3
+
+
+def _stored(engine, tokens):
+    """The bytes of the blocks that are kept for tokens, once the daemon has sealed them."""
+    engine.wait_idle()
+    return engine.stored(tokens)[1]
 
 
 def _differ(left, right):
