@@ -1,9 +1,13 @@
 """What kvstrata costs and gains in real engines, beside vLLM's own tiers and LMCache.
 
-    python bench/engines.py [--json FILE] [--quick] [--rounds N] [--lmcache PYTHON]
+    python bench/engines.py [--only overhead] [--json FILE] [--quick] [--rounds N]
+        [--lmcache PYTHON]
 
 **Overhead.** Eight requests of 512 prompt and 32 answer tokens at once, none seen before: a vLLM
-alone, one with kvstrata that looks and saves, and one that only looks. Ratios are of throughput.
+alone, one with a connector that does nothing (vLLM's own share), one with kvstrata that looks and
+saves, the same where it only looks, and vLLM's own tiers. Ratios are of throughput and of the
+engine thread's CPU time; a side settles before the next begins. One more round says how long each
+call to the connector takes.
 
 **Time to the first token** of one request, on a vLLM alone (`cold`) and where its prompt is kept:
 in the host, or on disk after the engine and its cache were stopped and the system's page cache of
@@ -40,6 +44,7 @@ LENGTHS = (512, 1024, 2048)
 CONTEXT_TOKENS = 2304
 CACHE_BYTES = 384 << 20
 BATCH = 8
+ANSWER_TOKENS = 32
 START_S = 300.0
 ORDER_S = 300.0
 
@@ -198,31 +203,70 @@ def overhead(sides: Sides, rounds: int, tokens: int) -> dict[str, Any]:
     looking = {"kv_transfer_params": {"kvstrata": {"store": False}}}
     ways: dict[str, tuple[str, dict[str, Any]]] = {
         "alone": ("alone", {}),
+        "null connector": ("null", {}),
         "kvstrata": ("kvstrata", {}),
         "kvstrata, not saving": ("kvstrata", {"extra": looking}),
         "tiering": ("tiering", {}),
     }
     spent: dict[str, list[float]] = {name: [] for name in ways}
-    with sides.running(["alone", "kvstrata", "tiering"]) as children:
+    busy: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    with sides.running(["alone", "null", "kvstrata", "tiering"]) as children:
         for number in range(rounds + 1):
             for place, name in enumerate(turned(list(ways), number)):
                 child, given = ways[name]
                 seed = 100_000 + 1000 * number + 100 * place
                 prompts = [prompt_of(tokens, seed + each) for each in range(BATCH)]
-                answer = children[child].ask(prompts, 32, **given)
+                answer = children[child].ask(prompts, ANSWER_TOKENS, **given)
                 assert not any(answer["cached"]), "something was found of a prompt that is new"
+                # What it still writes must not slow the next side down.
+                children[child].order(do="settle")
                 if number:  # the first round only warms up
                     spent[name].append(answer["seconds"])
-    base = spent["alone"]
-    moved = BATCH * (tokens + 32)
-    return {
-        name: {
-            "tokens_per_s": round(moved / median(took), 1),
-            "ratio": round(median(base) / median(took), 4),
-            "ratio_of_rounds": round(median(b / t for b, t in zip(base, took, strict=True)), 4),
+                    busy[name].append(answer["cpu"])
+        calls = {
+            name: accounted(children[ways[name][0]], tokens, place, ways[name][1])
+            for place, name in enumerate(ways)
+            if name != "alone"
         }
-        for name, took in spent.items()
+    moved = BATCH * (tokens + ANSWER_TOKENS)
+    return {
+        name: against(name, spent, busy, moved) | ({"calls": calls[name]} if name in calls else {})
+        for name in ways
     }
+
+
+def against(
+    name: str, spent: dict[str, list[float]], busy: dict[str, list[dict[str, float]]], moved: int
+) -> dict[str, Any]:
+    """Return throughput and CPU time of one side, and their ratios to a vLLM alone."""
+    took, base = spent[name], spent["alone"]
+    base_cpu = [each["engine"] for each in busy["alone"]]
+    return {
+        "tokens_per_s": round(moved / median(took), 1),
+        "ratio": round(median(base) / median(took), 4),
+        "ratio_of_rounds": round(median(b / t for b, t in zip(base, took, strict=True)), 4),
+        "cpu_us_per_token": {
+            who: round(1e6 * median(each[who] for each in busy[name]) / moved, 1)
+            for who in busy[name][0]
+        },
+        "cpu_ratio_of_rounds": round(
+            median(b / c["engine"] for b, c in zip(base_cpu, busy[name], strict=True)), 4
+        ),
+    }
+
+
+def accounted(child: Child, tokens: int, place: int, given: dict[str, Any]) -> dict[str, Any]:
+    """Return what one further round spends in the connector: all calls, and each, in ms."""
+    prompts = [prompt_of(tokens, 90_000 + 100 * place + each) for each in range(BATCH)]
+    answer = child.order(do="account", prompts=prompts, max_tokens=ANSWER_TOKENS, **given)
+    assert not any(answer["cached"]), "something was found of a prompt that is new"
+    child.order(do="settle")
+    found = {
+        name: {"times": times, "ms": round(1e3 * seconds, 2)}
+        for name, (times, seconds) in sorted(answer["calls"].items(), key=lambda one: -one[1][1])
+    }
+    outer = sum(seconds for name, (_, seconds) in answer["calls"].items() if name[0] != ".")
+    return {"share_of_round": round(outer / answer["seconds"], 5), "each": found}
 
 
 def first_token(sides: Sides, lengths: Sequence[int], rounds: int) -> list[dict[str, Any]]:
@@ -271,10 +315,15 @@ def first_token(sides: Sides, lengths: Sequence[int], rounds: int) -> list[dict[
 
 def show(result: dict[str, Any]) -> None:
     """Print both tables."""
-    print("\nThroughput where nothing is found      tokens/s   of a vLLM alone")
+    print(f"\n{'Where nothing is found':<28} tokens/s  of a vLLM alone  its CPU  in our calls")
     for name, line in result["overhead"].items():
-        print(f"  {name:<34} {line['tokens_per_s']:>10} {line['ratio_of_rounds']:>12.3f}")
-    for row in result["first_token"]:
+        share = line.get("calls", {}).get("share_of_round", 0.0)
+        ratios = f"{line['ratio_of_rounds']:>15.3f} {line['cpu_ratio_of_rounds']:>8.3f}"
+        print(f"  {name:<26} {line['tokens_per_s']:>8} {ratios} {100 * share:>11.2f} %")
+        print(f"    CPU us a token: {line['cpu_us_per_token']}")
+        for call, spent in list(line.get("calls", {}).get("each", {}).items())[:12]:
+            print(f"      {call:<44} {spent['times']:>5} x {spent['ms']:>9.2f} ms in all")
+    for row in result.get("first_token", []):
         print(f"\nTime to the first token, {row['tokens']} tokens      ms      tokens found")
         for name, each in row["ms"].items():
             print(f"  {name:<28} {each:>12.1f} {row['found'][name]:>12}")
@@ -286,6 +335,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="only show that it works")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=("overhead", "first_token"), help="measure only this")
     parser.add_argument("--lmcache", metavar="PYTHON", help="a Python that has vLLM and LMCache")
     given = parser.parse_args()
     rounds, lengths, tokens = given.rounds, LENGTHS, 512
@@ -294,13 +344,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="engines-") as folder:
         scratch = Path(folder)
         model = write_model(scratch / "model")
-        result = {
+        result: dict[str, Any] = {
             "cpu": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "rounds": rounds,
-            "overhead": overhead(Sides(model, scratch, None), rounds, tokens),
-            "first_token": first_token(Sides(model, scratch, given.lmcache), lengths, rounds),
+            "overhead": {},
         }
+        if given.only != "first_token":
+            result["overhead"] = overhead(Sides(model, scratch, None), rounds, tokens)
+        if given.only != "overhead":
+            sides = Sides(model, scratch, given.lmcache)
+            result["first_token"] = first_token(sides, lengths, rounds)
     show(result)
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")

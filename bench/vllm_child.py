@@ -44,6 +44,8 @@ def transfer_config(way: str, folder: str, address: str) -> dict[str, Any] | Non
                 "block_tokens": BLOCK_TOKENS,
             },
         }
+    if way == "null":
+        return {"kv_connector": "NullConnector", "kv_connector_module_path": "vllm_null"}
     if way == "tiering":  # vLLM's own, with its file system tier; it has no CPU platform itself
         return {
             "kv_connector": "OffloadingConnector",
@@ -64,7 +66,7 @@ def transfer_config(way: str, folder: str, address: str) -> dict[str, Any] | Non
 
 def make_engine(arguments: dict[str, Any]) -> Any:
     """Return a vLLM."""
-    if arguments["way"] == "tiering":
+    if arguments["way"] in {"tiering", "null"}:
         sys.path.append(str(Path(__file__).parent / "peers"))
     if arguments["way"] == "lmcache":
         _let_numba_be()
@@ -111,18 +113,85 @@ def ask(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
         extra_args=order.get("extra"),
     )
     inputs = [{"prompt_token_ids": prompt} for prompt in order["prompts"]]
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time(), time.thread_time(), daemon_seconds(llm)
     outputs = llm.generate(inputs, sampling, use_tqdm=False)
-    took = time.perf_counter() - began
+    ended = time.perf_counter(), time.process_time(), time.thread_time(), daemon_seconds(llm)
+    took, process, thread, daemon = (b - a for a, b in zip(began, ended, strict=True))
     return {
         "seconds": took,
+        "cpu": {"engine": thread, "engine's other threads": process - thread, "daemon": daemon},
         "tokens": [list(each.outputs[0].token_ids) for each in outputs],
         "cached": [each.num_cached_tokens or 0 for each in outputs],
     }
 
 
+def daemon_seconds(llm: Any) -> float:
+    """Return the CPU time that the engine's daemon has spent so far, 0 without one."""
+    connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
+    pid = getattr(connector, "daemon_pid", 0)
+    if not pid:
+        return 0.0
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+SCHEDULER_CALLS = (
+    "get_num_new_matched_tokens", "update_state_after_alloc", "build_connector_meta",
+    "update_connector_output", "request_finished_all_groups", "get_kv_connector_stats",
+    "take_events",
+)  # fmt: skip
+WORKER_CALLS = (
+    "bind_connector_metadata", "start_load_kv", "wait_for_layer_load", "save_kv_layer",
+    "wait_for_save", "get_transfer_results", "get_block_ids_with_load_errors",
+    "build_connector_worker_meta", "get_kv_connector_stats", "clear_connector_metadata",
+)  # fmt: skip
+
+
+def account(llm: Any, order: dict[str, Any]) -> dict[str, Any]:
+    """Answer like `ask` and say, for each call of vLLM to its connector, how often and how long.
+
+    Inner calls are named after a dot: each message to kvstrata's daemon, waiting included.
+    """
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector
+    calls: dict[str, list[float]] = {}
+    worker = get_kv_transfer_group()
+    watched = [(scheduler, name, f"scheduler: {name}") for name in SCHEDULER_CALLS]
+    watched += [(worker, name, f"worker: {name}") for name in WORKER_CALLS]
+    for owner, name, label in watched:
+        setattr(owner, name, _timed(getattr(owner, name), calls, label))
+    half = getattr(scheduler, "_scheduler", None)
+    if half is not None:
+        watched += [(half.session, name, f". {name}") for name in ("call", "tell_all")]
+        for name in ("call", "tell_all"):
+            setattr(half.session, name, _timed(getattr(half.session, name), calls, f". {name}"))
+    try:
+        answer = ask(llm, order)
+    finally:
+        for owner, name, _ in watched:
+            delattr(owner, name)
+    return {"seconds": answer["seconds"], "cached": answer["cached"], "calls": calls}
+
+
+def _timed(function: Any, calls: dict[str, list[float]], label: str) -> Any:
+    def timed(*arguments: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return function(*arguments, **options)
+        finally:
+            name = f"{label} {type(arguments[0]).__name__}" if label == ". call" else label
+            entry = calls.setdefault(name, [0, 0.0])
+            entry[0] += 1
+            entry[1] += time.perf_counter() - began
+
+    return timed
+
+
 def settle(llm: Any, way: str) -> None:
     """Wait until what was saved is where it is to be."""
+    if way in {"alone", "null"}:
+        return
     if way != "kvstrata":
         for _ in range(20):  # nobody else can be asked
             time.sleep(0.1)
@@ -156,6 +225,8 @@ def main() -> None:
         answer: Any = True
         if order["do"] == "ask":
             answer = ask(llm, order)
+        elif order["do"] == "account":
+            answer = account(llm, order)
         elif order["do"] == "settle":
             settle(llm, arguments["way"])
         else:

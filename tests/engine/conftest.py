@@ -169,6 +169,41 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DeepSeek-V2, made once: latents in its cache (MLA)."""
+    import torch
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    torch.manual_seed(0)
+    config = DeepseekV2Config(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_shared_experts=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        kv_lora_rank=512,  # the only sizes that vLLM's CPU kernels know
+        q_lora_rank=None,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+        max_position_embeddings=2048,
+        n_group=1,
+        topk_group=1,
+        topk_method="greedy",
+        initializer_range=0.2,
+    )
+    folder = tmp_path_factory.mktemp("deepseek")
+    DeepseekV2ForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def make_llama() -> Callable[..., Path]:
     """`make_llama(folder, seed=0, spread=0.2)` writes a model."""
     return write_llama

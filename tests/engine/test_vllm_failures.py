@@ -35,17 +35,25 @@ def daemon(tmp_path: Path) -> Iterator[SharedDaemon]:
 @contextmanager
 def striking(monkeypatch, kind: type, strike) -> Iterator[list[int]]:
     """Call `strike` once, just before the session's next call of this kind goes out."""
-    real_call = Session.call
+    real_call, real_tell = Session.call, Session.tell_all
     struck: list[int] = []
 
-    def call(self, message, answer):
-        if isinstance(message, kind) and not struck:
+    def meet(messages):
+        if any(isinstance(each, kind) for each in messages) and not struck:
             struck.append(1)
             strike()
+
+    def call(self, message, answer):
+        meet([message])
         return real_call(self, message, answer)
+
+    def tell_all(self, messages):
+        meet(messages)
+        return real_tell(self, messages)
 
     with monkeypatch.context() as patch:
         patch.setattr(Session, "call", call)
+        patch.setattr(Session, "tell_all", tell_all)
         yield struck
 
 

@@ -224,6 +224,7 @@ def run_engine(
         "attention_backend": "torch_native",
         "dtype": "float32",
         "disable_overlap_schedule": True,
+        "sleep_on_idle": True,
         "mem_fraction_static": 0.2,
         "max_total_tokens": 1024,
         "page_size": PAGE_TOKENS,

@@ -34,7 +34,12 @@ RUNNING = {
 }
 """Fixtures that are, or start, a real engine."""
 
-PROGRAMS = {"test_cross_engine.py", "test_demo.py", "test_examples.py"}
+PROGRAMS = {
+    "test_vllm_data_parallel.py",
+    "test_cross_engine.py",
+    "test_demo.py",
+    "test_examples.py",
+}
 """Modules whose tests start whole programs instead."""
 
 ALL_ENGINES = "tests/sglang/test_cross_engine.py"

@@ -10,8 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import zmq
+from kit import SharedDaemon
 
 from kvstrata.core.errors import CallTimeoutError, DaemonGoneError
+from kvstrata.layout import BlockLayout, Dimension
+from kvstrata.runtime.session import Session, SessionLimits
+from kvstrata.tokens import Namespace
 
 PARENT = """
 import sys, time
@@ -213,3 +218,34 @@ def test_closing_a_private_daemon_is_quick(connect) -> None:
         client.close()
         slow.append(time.monotonic() - begin)
     assert max(slow) < 0.7, slow
+
+
+def test_a_daemon_that_ends_between_hello_and_answer_is_not_waited_for(tmp_path, eventually):
+    """The socket connects to the next daemon by itself, which never saw that hello."""
+    address = f"ipc://{tmp_path}/node.sock"
+    layout = BlockLayout((Dimension("channel", 4),), "float32", 4, "test")
+    namespace = Namespace("m", "w", "", "float32", layout.geometry, 4)
+    session = Session(address, layout, namespace, SessionLimits(retry_interval_s=0.1))
+    with zmq.Context() as context:
+        with context.socket(zmq.ROUTER) as dying:
+            dying.linger = 0
+            dying.bind(address)
+            assert not session.usable()
+            assert dying.poll(5000), "the hello came"
+            dying.recv_multipart()
+        daemon = SharedDaemon(tmp_path)
+        try:
+            eventually(session.usable)
+            session.close()
+        finally:
+            daemon.signal(signal.SIGKILL)
+
+
+def test_a_session_with_a_daemon_that_ended_is_not_usable(serve, connect, eventually):
+    """SGLang's half makes no call before it has mapped the memory, which a dead daemon has not."""
+    daemon = serve()
+    limits = {"call_timeout_s": 0.3, "retry_interval_s": 0.05}
+    session = connect(address=daemon.address, limits=limits)._session
+    assert session.usable()
+    daemon.signal(signal.SIGKILL)
+    eventually(lambda: not session.usable())

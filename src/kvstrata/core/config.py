@@ -157,6 +157,8 @@ class HugePages(Enum):
 
     OFF = "off"
     """Small ones."""
+    AUTO = "auto"
+    """Transparent huge pages where the system gives some, else small ones."""
     TRY = "try"
     """Reserved huge pages, else transparent ones, else small ones."""
     REQUIRE = "require"
@@ -167,7 +169,7 @@ class HugePages(Enum):
 class HostMemoryConfig:
     """How the memory of the host tier is taken from the system."""
 
-    huge_pages: HugePages = HugePages.OFF
+    huge_pages: HugePages = HugePages.AUTO
     """Which pages are asked for."""
     numa_node: int | None = None
     """Node of the machine whose memory it is; None leaves that to the system."""

@@ -102,13 +102,18 @@ class Session:
 
     def usable(self) -> bool:
         """Return whether calls can be made now; drive the way back up if not. Never waits."""
-        if self.welcome is not None:
+        if self._link and self.welcome is not None:
+            try:  # whoever only maps its memory makes no call that would notice
+                self._link.check_alive()
+            except DaemonError as error:
+                self.lost(error)
+                return False
             return True
         if self._closed or time.monotonic() < self._retry_at:
             return False
         try:
             return self._try_up()
-        except (DaemonError, ConfigError) as error:
+        except (DaemonError, ConfigError, OSError) as error:  # the last: no descriptor is left
             self._drop(str(error), quiet=True)
             return False
 
@@ -126,6 +131,21 @@ class Session:
             raise CallRefusedError("the session is down")
         try:
             return self._link.call(call, kind, self._limits.call_timeout_s)
+        except CallRefusedError:
+            raise
+        except DaemonError as error:
+            self.lost(error)
+            raise
+
+    def tell_all(self, calls: Sequence[wire.Call]) -> None:
+        """Make calls whose answer is Done in one round trip, in their order; raises as `call`.
+
+        A refused one does not keep those behind it from being carried out.
+        """
+        if self._link is None or self.welcome is None:
+            raise CallRefusedError("the session is down")
+        try:
+            self._link.call_all(calls, wire.Done, self._limits.call_timeout_s)
         except CallRefusedError:
             raise
         except DaemonError as error:

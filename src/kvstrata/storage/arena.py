@@ -103,7 +103,8 @@ class Arena:
     def attach(cls, address: ArenaAddress, layout: BlockLayout) -> Arena:
         """Map the arena that another process owns.
 
-        Raises DaemonGoneError if its owner is gone, ConfigError if it is not an arena of `layout`.
+        Raises DaemonGoneError if its owner is gone or the system refuses, ConfigError if it is not
+        an arena of `layout`.
         """
         try:
             descriptor = os.open(address.path, os.O_RDWR | os.O_CLOEXEC)
@@ -112,8 +113,10 @@ class Arena:
         try:
             _check_head(descriptor, address, layout)
             arena = cls(descriptor, address.length_bytes, layout, address.slots)
-        except BaseException:
+        except BaseException as error:
             os.close(descriptor)
+            if isinstance(error, OSError):  # no memory or descriptor left: no reason to end
+                raise DaemonGoneError(f"cannot map {address.path}: {error.strerror}") from error
             raise
         if _HUGE.unpack_from(arena._view, _HEAD.size)[0]:
             advise_huge(arena._map)  # who touches a page first decides what it is

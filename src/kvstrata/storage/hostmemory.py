@@ -8,6 +8,7 @@ Owner: one thread, which calls `fill` before it serves anybody.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from kvstrata.core.config import HostMemoryConfig, HugePages
 from kvstrata.core.errors import ConfigError
 from kvstrata.storage import numa
 from kvstrata.storage.base import PAGE_BYTES
+from kvstrata.storage.hugefile import open_huge_file
 from kvstrata.storage.memory import (
     available_memory_bytes,
     check_host_size,
@@ -63,7 +65,7 @@ class HostMemory:
         if config.numa_node is not None:
             numa.check_node(config.numa_node)
         why = ""
-        if config.huge_pages is not HugePages.OFF:
+        if config.huge_pages in (HugePages.TRY, HugePages.REQUIRE):
             taken = _take_reserved(capacity_bytes, config)
             if isinstance(taken, HostMemory):
                 return taken
@@ -129,9 +131,7 @@ class HostMemory:
         if left is not None and self.length_bytes - start > left:
             raise _out_of_memory(start, self.length_bytes, f"{left} bytes are available")
         try:
-            if self.transparent_huge:
-                mapping.madvise(_POPULATE_WRITE, start, size)  # fallocate would take small pages
-            else:
+            if not (self.transparent_huge and _populate(mapping, start, size)):
                 os.posix_fallocate(self.descriptor, start, size)
         except OSError as error:
             raise _out_of_memory(start, self.length_bytes, str(error.strerror)) from error
@@ -151,6 +151,17 @@ class HostMemory:
                 numa.bind(mapping, self._config.numa_node)
 
 
+def _populate(mapping: mmap.mmap, start: int, size: int) -> bool:
+    """Take pages as they are mapped, huge ones where there are; False before Linux 5.14."""
+    try:
+        mapping.madvise(_POPULATE_WRITE, start, size)  # fallocate would take small pages
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    return True
+
+
 def advise_huge(mapping: mmap.mmap) -> None:
     """Ask for transparent huge pages in a mapping; the system may have none."""
     mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -158,8 +169,15 @@ def advise_huge(mapping: mmap.mmap) -> None:
 
 def _take_small(capacity_bytes: int, config: HostMemoryConfig, why: str) -> HostMemory:
     length = max(PAGE_BYTES, capacity_bytes // PAGE_BYTES * PAGE_BYTES)
-    descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+    asked = config.huge_pages is not HugePages.OFF and length >= HUGE_PAGE_BYTES
+    descriptor, transparent, how = _open_transparent() if asked else (-1, False, "")
+    if descriptor < 0:
+        descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
     memory = HostMemory(descriptor, length, config)
+    memory.transparent_huge = transparent
+    pages = "transparent huge pages" if transparent else memory._pages  # noqa: SLF001
+    whys = "; ".join(filter(None, (why, how)))
+    memory._pages = f"{pages} ({whys})" if whys else pages  # noqa: SLF001
     try:
         os.ftruncate(descriptor, length)
         memory._bind()  # noqa: SLF001  # the rest of `take`
@@ -172,11 +190,6 @@ def _take_small(capacity_bytes: int, config: HostMemoryConfig, why: str) -> Host
     except ConfigError:
         memory.close()
         raise
-    if config.huge_pages is HugePages.TRY:
-        mode = _transparent_mode()
-        memory.transparent_huge = mode not in ("never", "deny", "")
-        pages = "transparent huge pages" if memory.transparent_huge else memory._pages  # noqa: SLF001
-        memory._pages = f"{pages} ({why}; shmem_enabled is {mode or 'missing'})"  # noqa: SLF001
     return memory
 
 
@@ -207,6 +220,20 @@ def _take_reserved(capacity_bytes: int, config: HostMemoryConfig) -> HostMemory 
     return memory
 
 
+def _open_transparent() -> tuple[int, bool, str]:
+    """Return a file or -1, whether mappings of such files get huge pages, and what decided it."""
+    mode = _transparent_mode()
+    how = f"shmem_enabled is {mode or 'missing'}"
+    if mode in {"", "deny"}:  # no such pages in this system, or forbidden to every file
+        return -1, False, how
+    if mode != "never":
+        return -1, True, how
+    try:
+        return open_huge_file(), True, f"{how}: in a tmpfs of its own"
+    except OSError as error:
+        return -1, False, f"{how}; no tmpfs of its own: {error.strerror}"
+
+
 def _transparent_mode() -> str:
     """Return the chosen word of `always within_size advise [never] deny force`."""
     try:
@@ -231,7 +258,7 @@ def _huge_bytes(descriptor: int, mapping: mmap.mmap) -> int:
     for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
         name, *rest = line.split()
         if not name.endswith(":"):
-            ours = len(rest) > 3 and rest[3] == inode and "memfd" in line  # noqa: PLR2004
+            ours = len(rest) > 3 and rest[3] == inode and "(deleted)" in line  # noqa: PLR2004
         elif ours and name == "ShmemPmdMapped:":
             total += int(rest[0]) << 10
     return min(total, len(mapping))

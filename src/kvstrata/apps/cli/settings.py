@@ -58,8 +58,8 @@ class ServeSettings(BaseSettings):
     probe_blocks_max: int = Field(default=32, ge=0, le=4096)
     """Blocks for which a shared or object tier is asked before a miss; 0 never asks."""
 
-    host_huge_pages: HugePages = HugePages.OFF
-    """Huge pages for the host tier: off, try or require."""
+    host_huge_pages: HugePages = HugePages.AUTO
+    """Huge pages for the host tier: off, auto, try or require."""
     host_numa_node: int | None = Field(default=None, ge=0)
     """Node of the machine whose memory the host tier gets; left out, the system chooses."""
     host_prefault: bool = False

@@ -1,4 +1,7 @@
 """SGLang's storage backend: name `kvstrata.connectors.sglang.storage` as `module_path`.
 
-Only `storage` and `engine` need SGLang; the rest knows keys, pages and sessions.
+Or its linker, device to tiers: name `kvstrata.connectors.sglang.linker` as `linker_module_path`.
+
+Only `storage`, `linker`, `engine` and `device` need SGLang or torch; the rest knows keys, pages and
+sessions.
 """

@@ -71,6 +71,11 @@ class KeptPages:
         self._turns.session.open()
 
     @property
+    def turns(self) -> Turns:
+        """Whose turn with the daemon it is, for those who share the session."""
+        return self._turns
+
+    @property
     def daemon_pid(self) -> int:
         """The daemon's process, 0 while there is none."""
         return self._turns.session.daemon_pid

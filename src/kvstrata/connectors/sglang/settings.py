@@ -13,7 +13,11 @@ from kvstrata.core.tenants import TENANT_NAME_MAX
 from kvstrata.layout import Shard
 from kvstrata.runtime.session import SessionLimits
 
-__all__ = ["SGLANG_KEYS", "StorageSettings", "read_settings"]
+__all__ = ["LINKER_OPTION", "SGLANG_KEYS", "StorageSettings", "read_settings"]
+
+_STORAGE_OPTION: Final = "hicache-storage-backend-extra-config"
+LINKER_OPTION: Final = "unified-cache-external-linker-config: linker_extra_config"
+"""Where the linker's settings stand; a storage's stand in its extra config."""
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
 
@@ -91,14 +95,16 @@ class StorageSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
-def read_settings(extra_config: Mapping[str, Any] | None) -> StorageSettings:
+def read_settings(
+    extra_config: Mapping[str, Any] | None, option: str = _STORAGE_OPTION
+) -> StorageSettings:
     """Return the checked settings; raises ConfigError that names the key and what it may be."""
     ours = {key: value for key, value in (extra_config or {}).items() if key not in SGLANG_KEYS}
     try:
         return msgspec.convert(ours, StorageSettings)
     except msgspec.ValidationError as error:
         raise ConfigError(
-            f"hicache-storage-backend-extra-config: {error}",
+            f"{option}: {error}",
             hint=f"known keys are {', '.join(StorageSettings.__struct_fields__)}",
         ) from error
 

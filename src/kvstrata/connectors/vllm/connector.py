@@ -20,14 +20,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     SupportsHMA,
 )
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.connectors.vllm.adapters import LoadedAdapters
 from kvstrata.connectors.vllm.geometry import engine_cache
 from kvstrata.connectors.vllm.identity import vllm_namespace
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
 from kvstrata.connectors.vllm.metrics import ConnectorMetrics, ConnectorStats
-from kvstrata.connectors.vllm.runner import calling_connector, calling_runner
+from kvstrata.connectors.vllm.releases import hit_sources
+from kvstrata.connectors.vllm.runner import calling_connector, calling_runner, pages_are_free
 from kvstrata.connectors.vllm.samestep import refuse_layerwise
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import read_settings
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
@@ -166,12 +167,7 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
     ) -> dict[CacheHitSource, int]:
         """Split the loaded tokens by tier for vLLM's own metrics."""
         assert self._scheduler is not None
-        disk = min(self._scheduler.staged_tokens(request), num_external_tokens)
-        split = {
-            CacheHitSource.DISK: disk,
-            CacheHitSource.HOST: num_external_tokens - disk,
-        }
-        return {source: tokens for source, tokens in split.items() if tokens}
+        return hit_sources(num_external_tokens, self._scheduler.staged_tokens(request))
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Return the step's plan for the worker half."""
@@ -207,16 +203,8 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
 
         vLLM calls it even where it could not forget its own, because a request has some of them.
         """
-        return self._scheduler.clear(clean=self._pages_are_free()) if self._scheduler else None
-
-    def _pages_are_free(self) -> bool:
-        """Return whether no request has a page, so that vLLM has forgotten what is in them."""
-        if self._kv_cache_manager is None:
-            return False
-        managers = self._kv_cache_manager.coordinator.single_type_managers
-        pools = {id(each.block_pool): each.block_pool for each in managers}.values()
-        # The null page is never free.
-        return all(pool.num_gpu_blocks - pool.get_num_free_blocks() == 1 for pool in pools)
+        clean = pages_are_free(self._kv_cache_manager)
+        return self._scheduler.clear(clean=clean) if self._scheduler else None
 
     # -- statistics: from the scheduler half, to wherever vLLM logs them and serves /metrics -------
 

@@ -26,9 +26,10 @@ _FP8_KINDS: Final = {
 }
 _HINTS: Final = {
     "MambaSpec": "states of Mamba and linear attention are not kept yet",
-    "MLAAttentionSpec": "no engine that we can test attends over latent (MLA) pages it has loaded",
+    "MLAAttentionSpec": "of MLA only plain latents of 16-bit floats, in one worker, are supported",
     "ChunkedLocalAttentionSpec": "chunked attention is not tested",
 }
+_KINDS: Final = frozenset({"FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"})
 _FP8_PER_TENSOR: Final = 1  # vLLM's KVQuantMode: constant scales, which come with the weights
 
 SPECULATION: Final = ("ngram",)
@@ -58,6 +59,8 @@ def _group(config: VllmConfig, group: KVCacheGroupSpec, places: dict[str, int]) 
     cache_dtype = str(config.cache_config.cache_dtype)
     _refuse_group(group)
     _refuse_spec(spec, cache_dtype)
+    if _is_latent(spec):
+        _refuse_latent(config, spec)
     cache = PagedCache(
         layers=len(group.layer_names),
         heads=spec.num_kv_heads,
@@ -80,12 +83,24 @@ def _packing(config: VllmConfig, spec: Any) -> str:
     """Return how vLLM's CPU kernels pack a page here; it depends on the machine's instructions."""
     from vllm.platforms import current_platform
 
+    if _is_latent(spec):  # named, so that nobody takes one vector for K and V and re-arranges it
+        import torch
+
+        # Without AMX vLLM has another kernel for them, which attends over no prefix: it turns
+        # prefix caching off, and this connector is idle.
+        amx = current_platform.is_cpu() and torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+        return "latent-amx" if amx else "latent"
     if not current_platform.is_cpu():
         return ""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     dtype, cache_dtype = config.model_config.dtype, config.cache_config.cache_dtype
     return str(_get_attn_isa(dtype, spec.block_size, spec.head_size, cache_dtype))
+
+
+def _is_latent(spec: Any) -> bool:
+    """Return whether its pages have one vector a token (MLA), from which K and V are computed."""
+    return type(spec).__name__ == "MLAAttentionSpec"
 
 
 def _refuse_parallel(config: VllmConfig) -> None:
@@ -130,10 +145,10 @@ def _refuse_spec(spec: Any, cache_dtype: str) -> None:
     # Per-tensor scales are numbers of the weights, which the namespace names. vLLM 0.32 measures
     # none while it runs; other modes keep scales in the page, or a scale for each token.
     known = quantised == (_FP8_PER_TENSOR if cache_dtype in _FP8_KINDS else 0)
-    # A subclass (MLA, sink, sparse) stores other bytes: only these very classes are known. Where
+    # Another subclass (sink, sparse) stores other bytes: only these very classes are known. Where
     # vLLM runs without its hybrid cache manager, full attention may have a window: it keeps all.
     odd = {
-        "kind": kind not in {"FullAttentionSpec", "SlidingWindowSpec"} and kind,
+        "kind": kind not in _KINDS and kind,
         "extra_retained_tokens": spec.__dict__.get("extra_retained_tokens"),
         "non_causal": spec.__dict__.get("non_causal"),
         "attention_chunk_size": spec.__dict__.get("attention_chunk_size"),
@@ -149,4 +164,27 @@ def _refuse_spec(spec: Any, cache_dtype: str) -> None:
             f"the model's KV cache is {kind} with {found}, which kvstrata does not know",
             hint=_HINTS.get(kind, "only full attention and sliding windows are supported")
             + "; run this model without the connector",
+        )
+
+
+def _refuse_latent(config: VllmConfig, spec: Any) -> None:
+    """Take plain latents alone: sparse models and 8-bit latents keep other things in the page."""
+    cache_dtype = str(config.cache_config.cache_dtype)
+    odd = {
+        "num_kv_heads": spec.num_kv_heads != 1 and spec.num_kv_heads,
+        "head_size_v": spec.head_size_v,
+        "model_version": spec.model_version,
+        "alignment": spec.alignment,
+        "is_index_group_leader": spec.is_index_group_leader,
+        "non_causal_multi_token_decode": spec.non_causal_multi_token_decode,
+        "kv_cache_dtype": cache_dtype not in {"auto", "bfloat16", "float16"} and cache_dtype,
+        # Every worker has all of a latent, so their parts are no parts of one block.
+        "tensor_parallel_size": config.parallel_config.tensor_parallel_size != 1
+        and config.parallel_config.tensor_parallel_size,
+    }
+    found = {name: value for name, value in odd.items() if value}
+    if found:
+        raise LayoutError(
+            f"the model's KV cache is MLAAttentionSpec with {found}, which kvstrata does not know",
+            hint=_HINTS["MLAAttentionSpec"] + "; run this model without the connector",
         )

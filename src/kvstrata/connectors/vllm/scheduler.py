@@ -111,6 +111,7 @@ class SchedulerHalf:
         self._requests: dict[str, _Tracked] = {}
         self._names = map(str, itertools.count(1))
         self._loads: list[LoadJob] = []
+        self._missed: list[_Tracked] = []  # let go of together, when the step is planned
         self._keys: dict[str, NamespaceKey] = {}
         self._keys_epoch = 0
         self._fenced = False
@@ -180,7 +181,7 @@ class SchedulerHalf:
         if not external_tokens:
             if not tracked.loading:
                 tracked.asked_at = 0.0
-                self._release([tracked])
+                self._missed.append(tracked)
             return
         tokens = range(tracked.local_tokens, tracked.local_tokens + external_tokens)
         slots, generations, staged = self._acquire(tracked)
@@ -217,6 +218,8 @@ class SchedulerHalf:
         plan.introduce = not self._fenced
         self._loads = []
         self.same_step.scheduled()
+        self._release(self._missed)
+        self._missed = []
         self._measure(plan, output)
         loading = (job.request for job in plan.loads)
         plan.adapters = self._adapters.plan(self._adapters_of(output.num_scheduled_tokens, loading))
@@ -272,10 +275,13 @@ class SchedulerHalf:
 
     def _tell_saves(self, report: StepReport, *, tainted: bool) -> None:
         whole, spoiled = ([], report.saved) if tainted else (report.saved, [])
-        for job in whole:
-            self._tell(job.epoch, wire.Seal(job.name, job.slots))
-        for job in (*spoiled, *report.unsaved):
-            self._tell(job.epoch, wire.Abort(job.name, job.slots))
+        calls: list[tuple[int, wire.Call]] = [
+            (job.epoch, wire.Seal(job.name, job.slots)) for job in whole
+        ]
+        calls += [
+            (job.epoch, wire.Abort(job.name, job.slots)) for job in (*spoiled, *report.unsaved)
+        ]
+        self._tell([call for epoch, call in calls if epoch == self.session.epoch])
 
     def finished(self, request: Request) -> dict[str, Any] | None:
         """Forget a request; return where its tokens came from, for vLLM to pass to the caller."""
@@ -576,14 +582,14 @@ class SchedulerHalf:
             each.holding = False
         names = [each.name for each in held if each.epoch == self.session.epoch]
         if names:
-            self._tell(self.session.epoch, wire.Release(names))
+            self._tell([wire.Release(names)])
 
-    def _tell(self, epoch: int, call: wire.Call) -> None:
-        """Make a call that has no answer but Done, if its session is still the one at hand."""
-        if epoch != self.session.epoch or self.session.welcome is None:
+    def _tell(self, calls: Sequence[wire.Call]) -> None:
+        """Make calls of the session at hand that have no answer but Done, in one round trip."""
+        if not calls or self.session.welcome is None:
             return
         try:
-            self.session.call(call, wire.Done)
+            self.session.tell_all(calls)
         except DaemonError as error:
             self._note(error)
 

@@ -10,15 +10,22 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import pytest
 
-__all__ = ["EngineConnectorContract", "ScriptedEngine"]
+__all__ = ["CAPABILITIES", "EngineConnectorContract", "ScriptedEngine"]
 
 _SETTLE_S: Final = 10.0
 _POLL_S: Final = 0.01
 _PRIME: Final = 61
+
+CAPABILITIES: Final = frozenset({"carried_reports", "declines"})
+"""What some engines can do and others cannot; the laws about it ask less of those that cannot.
+
+    carried_reports   the leader hears of the worker only by what the engine brings it
+    declines          an engine that was offered blocks may take none of them
+"""
 
 
 class ScriptedEngine(Protocol):
@@ -65,6 +72,8 @@ class ScriptedEngine(Protocol):
 class EngineConnectorContract:
     """Subclass and provide `engine`, which may serve all tests of a module."""
 
+    capabilities: ClassVar[frozenset[str]] = CAPABILITIES
+    """Which of `CAPABILITIES` the engine has; leave out only what its interface has no word for."""
     _numbers = itertools.count(1)
 
     @pytest.fixture
@@ -105,7 +114,10 @@ class EngineConnectorContract:
         assert engine.matched(name) == 2 * engine.block_tokens
         self.spoil(engine)
         spoilt = [engine.read(place) for place in range(4)]
-        engine.allocate(name, range(3), 0)
+        if "declines" in self.capabilities:
+            engine.allocate(name, range(3), 0)
+        else:  # all that such an engine can do is to end the request
+            assert not engine.finish(name), "nothing of it is under way"
         engine.report(engine.work(engine.plan({})))
         assert [engine.read(place) for place in range(4)] == spoilt, "nothing was loaded"
         assert spoilt[:2] != before
@@ -154,7 +166,8 @@ class EngineConnectorContract:
         self.assert_missing(engine, tokens)
         assert engine.held_slots() >= 2
         report = engine.work(plan)
-        self.assert_missing(engine, tokens)
+        if "carried_reports" in self.capabilities:
+            self.assert_missing(engine, tokens)
         engine.report(report)
         engine.finish(name)
         self.settle(engine)
@@ -189,6 +202,10 @@ class EngineConnectorContract:
         assert [engine.read(place) for place in (4, 5)] == before
         engine.finish(second)
         self.settle(engine)
+
+    def test_capabilities_are_known(self) -> None:
+        """A name that no law asks about would be a law left out."""
+        assert self.capabilities <= CAPABILITIES
 
     # -- the script ----------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ are written once before the clock starts.
 `bare` is as many threads that only call preadv or pwritev between the same slots, without seals,
 index or executor: fio moves everything through a few buffers that stay in the caches, a tier moves
 each block to a place of its own. What is between bare and limit no tier can win back; what is
-between ours and bare is what checksum, index and queue cost together. Blocks lie in huge pages
-where the machine has some, as a daemon's do with KVSTRATA_HOST_HUGE_PAGES=try (docs/adr/0009).
+between ours and bare is what checksum, index and queue cost together. Blocks lie
+in what pages a daemon's do by default (docs/adr/0009).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from kvstrata.apps.cli.bench.limits import make_limit
 from kvstrata.apps.cli.bench.turns import PathRow, path_of, take_turns
-from kvstrata.core.config import BACKEND_DEFAULT, HostMemoryConfig, HugePages, Limits
+from kvstrata.core.config import BACKEND_DEFAULT, Limits
 from kvstrata.core.ids import SequenceHash, SlotId, TransferId
 from kvstrata.core.tier import DISK
 from kvstrata.layout import BlockLayout, Dimension
@@ -85,7 +85,7 @@ class _Ours:
         blocks, size = setup.blocks, setup.block_bytes
         layout = BlockLayout((Dimension("byte", size),), "int8", 8, "bench")
         room = blocks * (size + 8) + 3 * PAGE_BYTES
-        with contextlib.closing(HostMemory.take(room, HostMemoryConfig(HugePages.TRY))) as memory:
+        with contextlib.closing(HostMemory.take(room)) as memory:
             self._arena = Arena.create(room, layout, memory)
             self.pages = str(memory.statistics()["pages"])
         capacity = blocks * (size + ENTRY_BYTES) + 3 * PAGE_BYTES

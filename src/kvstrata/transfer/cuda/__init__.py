@@ -1,0 +1,1 @@
+"""What device copies need of CUDA, behind a protocol: importable without a GPU, driver or torch."""

@@ -1,0 +1,281 @@
+"""kvstrata below vLLM's own CPU tier: vLLM's `OffloadingConnector` with `KvstrataTier`."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from kit import SharedDaemon
+
+from kvstrata.core.errors import ConfigError, LayoutError
+from kvstrata.runtime.admin import AdminClient
+from kvstrata.storage.slab import SLAB_NAME
+
+pytestmark = pytest.mark.engine
+
+CHUNK_TOKENS = 32
+CPU_BYTES = 8 << 20
+CANARY = 1
+"""Blocks that each start stores and loads to try the way."""
+REQUEST_DEADLINE_S = 10.0
+"""As in `test_vllm_failures`: prompts take 0.1 s, a lost daemon may add its timeouts."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu_spec() -> Iterator[None]:
+    """Let vLLM's tiers run on the CPU platform; only the copies of pages are not vLLM's."""
+    path = Path(__file__).parents[2] / "bench" / "peers" / "vllm_tiering.py"
+    found = importlib.util.spec_from_file_location("vllm_tiering", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules["vllm_tiering"] = module
+    found.loader.exec_module(module)
+    yield
+    del sys.modules["vllm_tiering"]
+
+
+def transfer(**settings: Any) -> Any:
+    """Return vLLM's configuration of its own tiers with ours below."""
+    from vllm.config import KVTransferConfig
+
+    return KVTransferConfig(
+        kv_connector="OffloadingConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={
+            "spec_name": "CpuTieringSpec",
+            "spec_module_path": "vllm_tiering",
+            "cpu_bytes_to_use": CPU_BYTES,
+            "secondary_tiers": [
+                {
+                    "type": "KvstrataTier",
+                    "module_path": "kvstrata.connectors.vllm.tiering",
+                    **settings,
+                }
+            ],
+        },
+    )
+
+
+@contextmanager
+def tiered(engine_on, settings: dict[str, Any], **options: Any) -> Iterator[tuple[Any, Any]]:
+    """Run vLLM's tiers with ours below: the engine and our tier."""
+    with engine_on(kv_transfer_config=transfer(**settings), **options) as engine:
+        (tier,) = engine.connector.scheduler.manager.secondary_tiers
+        yield engine, tier
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[SharedDaemon]:
+    """A daemon that outlives engines."""
+    shared = SharedDaemon(tmp_path)
+    yield shared
+    shared.signal(signal.SIGCONT)
+    shared.signal(signal.SIGKILL)
+
+
+def chunks(prompts: list[list[int]]) -> int:
+    """Return how many whole chunks prompts have."""
+    return sum(len(prompt) // CHUNK_TOKENS for prompt in prompts)
+
+
+def wait_stored(tier, count: int) -> None:
+    """Wait until the tier has handed so many blocks to the daemon, and these are on disk."""
+    until = time.monotonic() + 10
+    while tier.statistics()["stored"] < count and time.monotonic() < until:
+        time.sleep(0.01)
+    assert tier.statistics()["stored"] >= count, tier.statistics()
+    with AdminClient(tier.daemon_address) as admin:
+        admin.wait_idle(30)
+
+
+def damage(folder: Path) -> None:
+    """Flip bits in every block on disk."""
+    path = folder / SLAB_NAME
+    data = bytearray(path.read_bytes())
+    for place in range(1 << 16, len(data), 1 << 10):
+        data[place] ^= 0x40
+    path.write_bytes(data)
+
+
+def test_blocks_come_from_disk_after_a_restart(engine_on, prompts, reference, tmp_path):
+    settings = {"tiers": f"host:32MiB,disk:{tmp_path / 'kv'}:64MiB"}
+    with tiered(engine_on, settings) as (engine, tier):
+        cold = engine.ask(prompts)
+        assert [each.tokens for each in cold] == reference
+        assert not any(each.cached for each in cold)
+        wait_stored(tier, chunks(prompts) + CANARY)
+        engine.forget()
+        warm = engine.ask(prompts)
+        assert [each.tokens for each in warm] == reference
+        assert tier.statistics()["loaded"] == CANARY, (
+            "vLLM's CPU tier answered, only the canary came"
+        )
+    with tiered(engine_on, settings) as (engine, tier):
+        again = engine.ask(prompts)
+        assert [each.tokens for each in again] == reference
+        assert sum(each.cached for each in again) == chunks(prompts) * CHUNK_TOKENS
+        assert tier.statistics()["loaded"] == chunks(prompts) + CANARY
+        # A reset of the connector ends the use of what was kept: the weights may be others.
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        fresh = engine.ask(prompts)
+        assert [each.tokens for each in fresh] == reference
+        assert not any(each.cached for each in fresh)
+    damage(tmp_path / "kv")
+    with tiered(engine_on, settings) as (engine, tier):
+        spoilt = engine.ask(prompts)
+        assert [each.tokens for each in spoilt] == reference
+        assert not any(each.cached for each in spoilt)
+        assert tier.statistics()["found"] == CANARY
+        with AdminClient(tier.daemon_address) as admin:
+            assert admin.stats()["node"]["counters"]["corrupt_blocks"] >= len(prompts)
+
+
+def test_a_lost_daemon_costs_time_only(engine_on, prompts, reference, daemon):
+    with tiered(engine_on, {"address": daemon.address, "staging_timeout_s": 1.0}) as (engine, tier):
+        engine.ask(prompts[:1])
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            daemon.signal(number)
+            began = time.monotonic()
+            assert [each.tokens for each in engine.ask(prompts)] == reference
+            assert time.monotonic() - began < REQUEST_DEADLINE_S
+            assert engine.llm.reset_prefix_cache(reset_connector=True)
+        counted = tier.statistics()
+        assert counted["unstored"] >= chunks(prompts)
+        daemon.start()
+        until = time.monotonic() + 10
+        while tier.statistics()["stored"] == counted["stored"] and time.monotonic() < until:
+            assert engine.llm.reset_prefix_cache(reset_connector=True)
+            assert [each.tokens for each in engine.ask(prompts)] == reference
+        assert tier.statistics()["stored"] > counted["stored"], "the daemon was not found again"
+
+
+def test_only_the_same_model_and_salt_find_blocks(
+    engine_on, make_llama, prompts, reference, daemon, tmp_path
+):
+    settings = {"address": daemon.address}
+    with tiered(engine_on, settings) as (engine, tier):
+        assert [each.tokens for each in engine.ask(prompts)] == reference
+        wait_stored(tier, chunks(prompts) + CANARY)
+        layout = tier._session_at_start.layout
+    with tiered(engine_on, settings) as (engine, tier):
+        salted = engine.ask(prompts, cache_salt="another tenant")
+        assert [each.tokens for each in salted] == reference
+        assert tier.statistics()["found"] == CANARY
+        assert tier.statistics()["asked"] == chunks(prompts) + CANARY
+        assert sum(each.cached for each in engine.ask(prompts)) == chunks(prompts) * CHUNK_TOKENS
+    other = make_llama(tmp_path / "other", seed=1)
+    with engine_on(model=other) as engine:
+        expected = [each.tokens for each in engine.ask(prompts)]
+    assert expected != reference
+    with tiered(engine_on, settings, model=other) as (engine, tier):
+        assert tier._session_at_start.layout == layout, "else the daemon refuses it anyway"
+        assert [each.tokens for each in engine.ask(prompts)] == expected
+        assert tier.statistics()["found"] == CANARY
+    with pytest.raises(ConfigError, match="layout"), tiered(engine_on, settings, dtype="bfloat16"):
+        pass
+
+
+def test_a_reset_while_a_request_runs_ends_all_storing(engine_on, make_llama, prompts, tmp_path):
+    """vLLM could not forget its own blocks then: new requests find them, and it hands them on."""
+    from vllm import SamplingParams
+
+    other = make_llama(tmp_path / "other", seed=1)
+    with tiered(engine_on, {"tiers": "host:32MiB"}) as (engine, tier):
+        core = engine.llm.llm_engine
+        scheduler = core.engine_core.engine_core.scheduler
+
+        def add(name, tokens, **transfer):
+            extra = {"kv_transfer_params": transfer}
+            sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, extra_args=extra)
+            core.add_request(name, {"prompt_token_ids": prompts[2]}, sampling)
+
+        add("long", 100, max_offload_tokens=0)  # else vLLM's CPU tier has them from it
+        while not scheduler.running:
+            core.step()
+        core.step()
+        assert not engine.llm.reset_prefix_cache(reset_connector=True)
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        before = tier.statistics()["stored"]
+        add("short", 8)
+        cached = 0
+        while core.has_unfinished_requests():
+            cached = max([cached, *(each.num_cached_tokens or 0 for each in core.step())])
+        assert cached >= CHUNK_TOKENS, "of the weights that were"
+        tier._keeper.drain()
+        assert tier.statistics()["stored"] == before
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        engine.ask(prompts)
+        wait_stored(tier, before + chunks(prompts))
+
+
+def test_vllm_goes_on_when_the_thread_fails(engine_on, prompts, reference):
+    with tiered(engine_on, {"tiers": "host:32MiB"}) as (engine, tier):
+        keeper = tier._keeper
+        keeper._rows = keeper._rows[:, :-1]  # no copy fits any more
+        assert [each.tokens for each in engine.ask(prompts)] == reference
+        keeper._thread.join(10)
+        assert not keeper._thread.is_alive()
+        keeper.drain()  # would wait for ever
+        engine.forget()
+        assert [each.tokens for each in engine.ask(prompts)] == reference
+        assert keeper.statistics()["stored"] == CANARY
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("lora_config", object(), "LoRA"),
+        ("weight_transfer_config", object(), "weight_transfer_config"),
+        ("model_config.is_multimodal_model", True, "images"),
+        ("model_config.enable_prompt_embeds", True, "prompt_embeds"),
+        ("model_config.runner_type", "pooling", "pooling"),
+        ("model_config.enable_sleep_mode", True, "sleep_mode"),
+        ("cache_config.prefix_caching_hash_algo", "xxhash", "xxhash"),
+        ("model_config.use_mla", True, "MLA"),
+        ("spec.parallel.world_size", 2, "more than one worker"),
+        ("spec.canonical_layout", True, "canonical_layout"),
+    ],
+)
+def test_what_vllms_hash_does_not_say_is_refused(place, value, said):
+    from kvstrata.connectors.vllm.tiering.identity import refuse_unknown
+
+    plain = SimpleNamespace(
+        lora_config=None,
+        weight_transfer_config=None,
+        model_config=SimpleNamespace(
+            is_multimodal_model=False,
+            enable_prompt_embeds=False,
+            runner_type="generate",
+            enable_sleep_mode=False,
+            use_mla=False,
+        ),
+        cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256"),
+        spec=SimpleNamespace(parallel=SimpleNamespace(world_size=1), canonical_layout=False),
+    )
+    refuse_unknown(plain, SimpleNamespace(config=plain.spec))
+    *path, name = place.split(".")
+    holder = plain
+    for each in path:
+        holder = getattr(holder, each)
+    setattr(holder, name, value)
+    with pytest.raises(ConfigError, match=said):
+        refuse_unknown(plain, SimpleNamespace(config=plain.spec))
+
+
+def test_settings_and_versions_that_it_does_not_know_are_refused(engine_on, monkeypatch):
+    import vllm
+
+    with pytest.raises(ConfigError, match="block_tokens"), tiered(engine_on, {"block_tokens": 64}):
+        pass
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    with pytest.raises(LayoutError, match="not a version"), tiered(engine_on, {}):
+        pass

@@ -1,0 +1,204 @@
+"""SGLang's UnifiedCacheLinker: device to tiers without a host pool, layer by layer.
+
+One engine serves all tests but the restart, which needs a second one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from kit import SharedDaemon
+
+PAGE_TOKENS = 16
+
+
+def whole_pages(prompt):
+    """Return how many tokens of a prompt can come from kept pages: the last one is computed."""
+    return (len(prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS
+
+
+def tokens(answers):
+    return [answer.tokens for answer in answers]
+
+
+def cached(answers):
+    return [answer.cached for answer in answers]
+
+
+def linked_options(address, **ours):
+    return {
+        "enable_hierarchical_cache": False,
+        "enable_unified_cache_external_linker": True,
+        "unified_cache_external_linker_backend": "dynamic",
+        "unified_cache_external_linker_config": {
+            "linker": "KvstrataLinker",
+            "linker_module_path": "kvstrata.connectors.sglang.linker",
+            "linker_extra_config": {"address": address, **ours},
+        },
+    }
+
+
+def counters(daemon):
+    return daemon.statistics()["counters"]
+
+
+def wait_saved(daemon):
+    """Return once SGLang's last save has reached the daemon: two looks in a row see the same."""
+    deadline = time.monotonic() + 30
+    before, now = -1, counters(daemon)["stored_blocks"]
+    while before != now:
+        assert time.monotonic() < deadline, "the saves do not end"
+        time.sleep(0.3)
+        before, now = now, counters(daemon)["stored_blocks"]
+
+
+def find_again(engine, prompt, answer):
+    """Ask until the engine has found a daemon that was started anew; each call is one step."""
+    deadline = time.monotonic() + 30
+    engine.forget()
+    while not (found := engine.ask(prompt))[0].cached:
+        assert tokens(found) == answer
+        assert time.monotonic() < deadline, "the engine does not find the daemon"
+        time.sleep(0.2)
+        engine.forget()
+
+
+@pytest.fixture(scope="module")
+def common():
+    """One daemon for the module."""
+    folder = Path(tempfile.mkdtemp(prefix="kv"))
+    shared = SharedDaemon(folder)
+    yield shared
+    if shared.process.poll() is None:
+        shared.signal(signal.SIGCONT)
+        shared.signal(signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def linked(engine_on, common):
+    """One engine with the linker."""
+    limits = {"retry_interval_s": 0.1, "call_timeout_s": 0.5}
+    with engine_on(None, **linked_options(common.address, **limits)) as engine:
+        yield engine
+
+
+def test_cold_and_warm_answers_are_those_of_sglang_alone(linked, common, prompts, reference):
+    cold = linked.ask(prompts)
+    assert tokens(cold) == reference
+    assert cached(cold) == [0] * len(prompts)
+    wait_saved(common)
+    linked.forget()
+    warm = linked.ask(prompts)
+    assert tokens(warm) == reference
+    assert cached(warm) == [whole_pages(prompt) for prompt in prompts]
+    wait_saved(common)
+
+
+def test_pages_of_the_storage_backend_are_the_linkers(linked, engine, common, prompts, reference):
+    with engine.attached(address=common.address):
+        stored = engine.ask(prompts)
+    assert tokens(stored) == reference
+    assert [each.from_storage for each in stored] == [whole_pages(prompt) for prompt in prompts]
+    own = [list(reversed(prompt)) for prompt in prompts[:4]]
+    with engine.attached(address=common.address):
+        there = engine.ask(own)
+    wait_saved(common)
+    linked.forget()
+    here = linked.ask(own)
+    assert tokens(here) == tokens(there)
+    assert cached(here) == [whole_pages(prompt) for prompt in own]
+
+
+def test_salts_are_isolated(linked, common, prompts, reference):
+    for extra in ({"extra_key": "a"}, {"extra_key": "b"}):
+        linked.forget()
+        (first,) = linked.ask(prompts[7:8], **extra)
+        assert (first.tokens, first.cached) == (reference[7], 0), extra
+        wait_saved(common)
+        linked.forget()
+        (again,) = linked.ask(prompts[7:8], **extra)
+        assert (again.tokens, again.cached) == (reference[7], whole_pages(prompts[7])), extra
+
+
+def test_a_new_engine_finds_every_page(linked, engine_on, common, prompts, reference):
+    assert linked.process.poll() is None
+    with engine_on(None, **linked_options(common.address)) as second:
+        warm = second.ask(prompts)
+    assert tokens(warm) == reference
+    assert cached(warm) == [whole_pages(prompt) for prompt in prompts]
+
+
+def test_what_lies_on_disk_is_a_miss_now_and_a_hit_at_the_next_asking(
+    linked, common, prompts, reference
+):
+    common.signal(signal.SIGKILL)
+    common.start()  # with an empty host; the disk is recovered
+    find_again(linked, prompts[-1:], reference[-1:])
+    missed = 0
+    for prompt, answer in zip(prompts[:6], reference[:6], strict=True):
+        linked.forget()
+        (first,) = linked.ask([prompt])
+        assert first.tokens == answer
+        missed += first.cached == 0
+        wait_saved(common)
+        linked.forget()
+        (again,) = linked.ask([prompt])
+        assert (again.tokens, again.cached) == (answer, whole_pages(prompt))
+    assert missed, "nothing lay below the host"
+
+
+def test_a_daemon_that_is_killed_or_hangs_costs_time_only(linked, common, prompts, reference):
+    linked.forget()
+    common.signal(signal.SIGSTOP)
+    assert tokens(linked.ask(prompts[:6])) == reference[:6]
+    common.signal(signal.SIGCONT)
+    linked.forget()
+    common.signal(signal.SIGKILL)
+    alone = linked.ask(prompts)
+    assert tokens(alone) == reference
+    linked.forget()
+    common.start()
+    find_again(linked, prompts[-1:], reference[-1:])
+
+
+def test_answers_under_eviction(linked, common, prompts, reference):
+    common.signal(signal.SIGKILL)
+    # 31 pages of 64 KiB in the host: most of what is asked for has been evicted to disk.
+    common.tiers = f"host:2MiB,disk:{common.folder / 'small'}:16MiB"
+    common.start()
+    find_again(linked, prompts[-1:], reference[-1:])
+    hits = 0
+    for _ in range(3):
+        answers = linked.ask(prompts)
+        assert tokens(answers) == reference
+        hits += sum(cached(answers))
+        wait_saved(common)
+        linked.forget()
+    assert hits > 0
+
+
+def test_pages_of_old_weights_are_never_found_under_new_ones(
+    linked, common, make_llama, tmp_path, prompts, reference
+):
+    """Comes last: an engine with new weights is not served any more."""
+    linked.forget()
+    linked.ask(prompts[:1])
+    wait_saved(common)
+    linked.forget()
+    (warm,) = linked.ask(prompts[:1])
+    assert (warm.tokens, warm.cached) == (reference[0], whole_pages(prompts[0]))
+    linked.update_weights(make_llama(tmp_path / "other", seed=1))
+    before = counters(common)["stored_blocks"]
+    first = linked.ask(prompts[:4])
+    assert cached(first) == [0] * 4
+    assert tokens(first) != reference[:4]
+    linked.forget()
+    again = linked.ask(prompts[:4])
+    assert (tokens(again), cached(again)) == (tokens(first), [0] * 4)
+    assert counters(common)["stored_blocks"] == before
