@@ -96,10 +96,10 @@ def test_preempted_requests_answer_the_same(engine_on, prompts, begun):
 def test_an_engine_that_does_not_ask_for_layers_loads_between_steps(
     engine_on, prompts, reference, begun, monkeypatch, caplog
 ):
-    from kvstrata.connectors.vllm.worker import WorkerHalf
+    from kvstrata.connectors.vllm.layerworker import LayerwiseWorker
 
     for name in ("wait_for", "computed"):
-        monkeypatch.setattr(WorkerHalf, name, lambda *_: None)
+        monkeypatch.setattr(LayerwiseWorker, name, lambda *_: None)
     with engine_on(LAYERWISE) as engine:
         assert _tokens(engine.ask(prompts)) == reference
         engine.forget()

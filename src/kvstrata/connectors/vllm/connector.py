@@ -24,11 +24,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvstrata.connectors.vllm.adapters import LoadedAdapters
 from kvstrata.connectors.vllm.geometry import engine_cache
 from kvstrata.connectors.vllm.identity import vllm_namespace
+from kvstrata.connectors.vllm.layerworker import LayerwiseWorker
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
 from kvstrata.connectors.vllm.metrics import ConnectorMetrics, ConnectorStats
 from kvstrata.connectors.vllm.releases import hit_sources
 from kvstrata.connectors.vllm.runner import calling_connector, calling_runner, pages_are_free
-from kvstrata.connectors.vllm.samestep import refuse_layerwise
+from kvstrata.connectors.vllm.samestep import SameStepScheduler, refuse_layerwise
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import read_settings
 from kvstrata.connectors.vllm.weights import WeightsWatch
@@ -71,9 +72,13 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         layout = cache.block_layout(settings.block_tokens_for(cache.page_tokens))
         refuse_layerwise(settings, vllm_config, kv_cache_config, cache, alone=self._parent is None)
         self._scheduler: SchedulerHalf | None = None
+        self._same_step: SameStepScheduler | None = None  # the scheduler half, if it is one
         self._worker: WorkerHalf | None = None
+        self._layers: LayerwiseWorker | None = None  # the worker half, if it is one
         if role == KVConnectorRole.WORKER:
-            self._worker = WorkerHalf(cache, layout, settings)
+            if settings.layerwise:
+                self._layers = LayerwiseWorker(cache, layout, settings)
+            self._worker = self._layers or WorkerHalf(cache, layout)
             return
         self._recompute_failed_loads()
         namespace = vllm_namespace(
@@ -83,14 +88,16 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
             settings.where, layout, namespace, settings.session_limits, bridges=cache.is_whole
         )
         session.open()
-        self._scheduler = SchedulerHalf(
+        same_step = settings.loading == "layerwise"
+        self._scheduler = (SameStepScheduler if same_step else SchedulerHalf)(
             session,
             cache,
             layout,
             enabled=bool(vllm_config.cache_config.enable_prefix_caching),
             tenant=settings.tenant,
-            same_step=settings.loading == "layerwise",
         )
+        if isinstance(self._scheduler, SameStepScheduler):
+            self._same_step = self._scheduler
         if not vllm_config.cache_config.enable_prefix_caching:
             log.warning(
                 "kvstrata is idle: vLLM runs without prefix caching, so it cannot use kept blocks"
@@ -142,10 +149,10 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
     # -- scheduler half ------------------------------------------------------------------------
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
-        """Take vLLM's cache manager, which knows what a failed load has spoiled."""
+        """Take vLLM's cache manager, which can forget what a failed load has spoiled."""
         super().bind_kv_cache_manager(kv_cache_manager)
-        assert self._scheduler is not None
-        self._scheduler.same_step.manager = kv_cache_manager
+        if self._same_step:
+            self._same_step.manager = kv_cache_manager
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -153,7 +160,8 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         """Return (tokens to load or None to be asked again, loaded between steps)."""
         assert self._scheduler is not None
         tokens = self._scheduler.matched_tokens(request, num_computed_tokens)
-        return tokens, bool(tokens) and not self._scheduler.loads_in_step(request)
+        within = self._same_step is not None and self._same_step.loads_in_step(request)
+        return tokens, bool(tokens) and not within
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -246,9 +254,9 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         self._worker.load(self._plan())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Wait for one layer of loads within the step, if there are any (`loading: layerwise`)."""
-        assert self._worker is not None
-        self._worker.wait_for(layer_name)
+        """Wait for one layer of the step's own loads, if there are any (`loading: layerwise`)."""
+        if self._layers:
+            self._layers.wait_for(layer_name)
 
     def save_kv_layer(
         self,
@@ -259,8 +267,8 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
     ) -> None:
         """Begin to save what the step has computed of one layer (`saving: layerwise`)."""
         del kv_layer, attn_metadata, kwargs
-        assert self._worker is not None
-        self._worker.computed(self._plan(), layer_name)
+        if self._layers:
+            self._layers.computed(self._plan(), layer_name)
 
     def wait_for_save(self) -> None:
         """Carry out the step's saves, before vLLM may give the pages to someone else."""

@@ -11,7 +11,6 @@ import itertools
 import logging
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -29,8 +28,7 @@ from kvstrata.connectors.vllm.metadata import (
     StepReport,
     WeightsReport,
 )
-from kvstrata.connectors.vllm.metrics import ConnectorStats
-from kvstrata.connectors.vllm.samestep import SameStepLoads
+from kvstrata.connectors.vllm.metrics import ConnectorStats, split_by_tier
 from kvstrata.core.errors import CallRefusedError, DaemonError
 from kvstrata.core.ids import SequenceHash
 from kvstrata.layout import BlockLayout, GroupedCache
@@ -72,13 +70,12 @@ class _Tracked:
     holding: bool = False  # the daemon holds blocks for it
     loading: bool = False  # its load was given to the worker and has not ended
     load_tokens: int = 0  # what that load is for
-    same_step: bool = False  # it is within the step that computes on it
     finished: bool = False
     asked_at: float = 0.0  # first, for the load under way
     promised_pages: int = 0  # by it
     failed_loads: int = 0
     staged: dict[str, int] = field(default_factory=dict)  # tokens of its load, by lower tier
-    tokens_from: Counter[str] = field(default_factory=lambda: Counter(host=0, disk=0))
+    tokens_from: dict[str, int] = field(default_factory=lambda: {"host": 0, "disk": 0})
 
 
 class SchedulerHalf:
@@ -92,14 +89,11 @@ class SchedulerHalf:
         *,
         enabled: bool,
         tenant: str = "",
-        same_step: bool = False,
     ) -> None:
         """Serve an engine over an opened session; unless `enabled`, every answer is a miss.
 
-        `tenant` is charged for what is stored by requests that name none; `same_step` says that
-        loads may be within the step that uses them.
+        `tenant` is charged for what is stored by requests that name none.
         """
-        self.same_step = SameStepLoads(cache.page_tokens, wanted=same_step)
         self.session = session
         self._tenant = tenant
         self._block_tokens, self._block_bytes = layout.block_tokens, layout.block_bytes
@@ -143,7 +137,6 @@ class SchedulerHalf:
         tracked = self._track(request)
         tracked.local_tokens = local_tokens
         tracked.ready_blocks = 0
-        tracked.same_step = False
         allowed = self._may_load(tracked)
         if not allowed:
             return None if allowed is None else 0
@@ -168,12 +161,7 @@ class SchedulerHalf:
         if found.pending:
             return None
         tracked.ready_blocks = found.ready
-        tokens = max(0, found.ready * self._block_tokens - local_tokens)
-        welcome = self.session.welcome
-        bridged = welcome is None or welcome.layout != self.session.layout
-        within = 0 if bridged else self.same_step.limit(request, local_tokens, tokens)
-        tracked.same_step = within > 0
-        return within or tokens
+        return max(0, found.ready * self._block_tokens - local_tokens)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         """Plan the load of the `external_tokens` that vLLM made room for."""
@@ -200,15 +188,8 @@ class SchedulerHalf:
                 generations=[promised[slot] for slot in copy.slots],
                 lost_pages=lost,
                 adapter=tracked.adapter,
-                same_step=tracked.same_step,
             )
         )
-        if tracked.same_step:
-            self.same_step.promise(request, tokens)
-
-    def loads_in_step(self, request: Request) -> bool:
-        """Return whether what was matched last for a request is loaded in the step that uses it."""
-        return self._requests[request.request_id].same_step
 
     # -- each step -----------------------------------------------------------------------------
 
@@ -217,7 +198,6 @@ class SchedulerHalf:
         plan = StepPlan(loads=self._loads, resets=self._resets, renewals=self._renewals)
         plan.introduce = not self._fenced
         self._loads = []
-        self.same_step.scheduled()
         self._release(self._missed)
         self._missed = []
         self._measure(plan, output)
@@ -256,7 +236,7 @@ class SchedulerHalf:
         if report.pids and not self._fenced:
             self.fence(report.pids)
         self._copies.copied(report.copied_bytes, report.copied_s)
-        self.same_step.proved(report)
+        self._count_copies(report)
         done: list[_Tracked] = []
         for request_id, good_pages in report.loaded.items():
             tracked = self._requests.get(request_id)
@@ -264,9 +244,7 @@ class SchedulerHalf:
                 tracked.loading = False
                 self._count_load(tracked, good_pages)
                 self._count(tracked, good_pages)
-                self._spoil(tracked, good_pages, report)
                 done.append(tracked)
-        self._count_copies(report)
         self._release(done)
         for tracked in done:
             if tracked.finished:
@@ -292,10 +270,7 @@ class SchedulerHalf:
         if not tracked.loading:  # else the worker still reads what the daemon holds for it
             self._release([tracked])
             del self._requests[request.request_id]
-        told = tracked.tokens_from.copy()
-        if tracked.loading and tracked.same_step:  # its first step was its last: the load was good
-            told.update(self._brought(tracked, tracked.promised_pages))
-        return {"kvstrata": {"tokens_from": dict(told)}}
+        return {"kvstrata": {"tokens_from": dict(tracked.tokens_from)}}
 
     def staged_tokens(self, request: Request) -> int:
         """Return how many tokens of the load under way came from below the host for it."""
@@ -323,9 +298,7 @@ class SchedulerHalf:
     # -- private -------------------------------------------------------------------------------
 
     def _may_load(self, tracked: _Tracked) -> bool | None:
-        """Return whether the daemon may be asked for a request, None while it must wait."""
-        if self.same_step.shares(tracked.request, tracked.local_tokens):
-            return None
+        """Return whether the daemon may be asked for a request, None while its name is unknown."""
         if not self._enabled or not tracked.usable:
             return False
         ready = not self._weights_changed and self._ready()
@@ -404,13 +377,6 @@ class SchedulerHalf:
         self.stats.waited(time.monotonic() - tracked.asked_at)
         tracked.asked_at = 0.0
 
-    def _spoil(self, tracked: _Tracked, good_pages: int, report: StepReport) -> None:
-        """Keep nothing that was computed on a load that failed within the step."""
-        if tracked.same_step and good_pages < tracked.promised_pages:
-            good = tracked.local_tokens + good_pages * self._page_tokens
-            self.same_step.failed(tracked.request, good, tracked.name, report)
-            tracked.saved_blocks = min(tracked.saved_blocks, good // self._block_tokens)
-
     def _count_copies(self, report: StepReport) -> None:
         blocks = sum(len(job.slots) for job in report.saved)
         for name, number in (
@@ -425,22 +391,12 @@ class SchedulerHalf:
 
     def _count(self, tracked: _Tracked, good_pages: int) -> None:
         """Add what a load has brought to the request's account."""
-        brought = self._brought(tracked, good_pages)
-        tracked.tokens_from.update(brought)
-        for tier, tokens in brought.items():
-            self.stats.count("loaded_tokens", tokens, tier)
-
-    def _brought(self, tracked: _Tracked, good_pages: int) -> Counter[str]:
-        """Return the tokens of so many pages of a load, by the tier that they came from."""
         tokens = good_pages * self._page_tokens
         if not self._cache.is_whole:  # all or nothing, with as many pages as the windows need
             tokens = tracked.load_tokens if good_pages else 0
-        brought: Counter[str] = Counter()
-        for tier, staged in tracked.staged.items():
-            brought[tier] = min(staged, tokens)
-            tokens -= brought[tier]
-        brought["host"] += tokens
-        return brought
+        for tier, counted in split_by_tier(tokens, tracked.staged).items():
+            tracked.tokens_from[tier] = tracked.tokens_from.get(tier, 0) + counted
+            self.stats.count("loaded_tokens", counted, tier)
 
     def _track(self, request: Request) -> _Tracked:
         tracked = self._requests.get(request.request_id)

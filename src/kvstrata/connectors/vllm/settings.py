@@ -65,6 +65,11 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         return -(-BLOCK_TOKENS_DEFAULT // page_tokens) * page_tokens
 
     @property
+    def layerwise(self) -> bool:
+        """Whether anything is moved layer by layer."""
+        return "layerwise" in {self.loading, self.saving}
+
+    @property
     def where(self) -> str | NodeConfig:
         """The daemon's address, or what a private one is to own."""
         if self.address:

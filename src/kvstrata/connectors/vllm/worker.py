@@ -7,7 +7,6 @@ vLLM computes them.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import time
@@ -21,9 +20,7 @@ from kvstrata.connectors.vllm.adapters import LoadedAdapters
 from kvstrata.connectors.vllm.bridged import BridgedPages
 from kvstrata.connectors.vllm.geometry import FP8_TENSORS
 from kvstrata.connectors.vllm.grouped import GroupedPages
-from kvstrata.connectors.vllm.layerwise import LayerCopies, LayerHooks
 from kvstrata.connectors.vllm.metadata import LoadJob, SaveJob, StepPlan, StepReport
-from kvstrata.connectors.vllm.settings import ConnectorSettings
 from kvstrata.connectors.vllm.weights import WeightsWatch
 from kvstrata.core.errors import KvstrataError, LayoutError
 from kvstrata.layout import BlockLayout, Bridge, GroupedCache, PagedCache, page_view, rank_part
@@ -37,21 +34,14 @@ log = logging.getLogger("kvstrata.vllm")
 class WorkerHalf:
     """Owner: the engine's model runner thread."""
 
-    def __init__(
-        self, cache: GroupedCache, layout: BlockLayout, settings: ConnectorSettings | None = None
-    ) -> None:
+    def __init__(self, cache: GroupedCache, layout: BlockLayout) -> None:
         """Remember the geometry that the caches must have."""
-        self._settings = settings or ConnectorSettings()
         self._cache = cache
         self._layout = layout
         self._rank = 0
         self._pages: list[list[NDArray[np.uint8]]] = []  # of each group
         self._arena: Arena | None = None
         self._blocks: GroupedPages | BridgedPages | None = None
-        self._names: list[list[str]] = []  # of each group's layers
-        self._hooks = LayerHooks(())
-        self._copies: LayerCopies | None = None
-        self._same_step: set[str] = set()  # requests of loads that are no news to vLLM
         self._epoch = 0
         self._saved: StepPlan | None = None
         self._allowed = True  # by the weights, in this step
@@ -85,9 +75,6 @@ class WorkerHalf:
             [_view(group.cache, name, caches[name]) for name in names]
             for group, names in zip(self._cache.groups, layer_names, strict=True)
         ]
-        self._names = layer_names
-        if self._settings.loading == "layerwise":
-            self._hooks = LayerHooks(known)
         if len({len(pages) for layers in self._pages for pages in layers}) != 1:
             raise LayoutError(
                 "layers have different numbers of pages",
@@ -95,59 +82,34 @@ class WorkerHalf:
             )
 
     def load(self, plan: StepPlan) -> None:
-        """Fill the pages of every load in `plan`, or begin to where its step computes on them."""
+        """Fill the pages of every load in `plan`."""
         self._follow(plan)
         if plan.introduce:
             self._report.pids = [os.getpid()]
         if self.weights:
             self._report.weights = max(self._report.weights, self.weights.check(plan))
         self._allowed = not self.weights or self.weights.allows(plan)
-        self._same_step = {job.request for job in plan.loads if job.same_step}
-        beside = [job.same_step and self._fits(job) for job in plan.loads]
-        if self._copies:
-            self._copies.begin_loads(list(itertools.compress(plan.loads, beside)))
-        for job, begun in zip(plan.loads, beside, strict=True):
-            if begun and self._copies:
-                continue
+        for job in plan.loads:
             began = time.perf_counter()
-            self._ended(job, self._load(job))
-            self._report.copied_s += time.perf_counter() - began
-
-    def wait_for(self, layer: str) -> None:
-        """Return once the step's loads have filled the pages of `layer`, or failed to in time."""
-        self._hooks.asked(layer)
-        if self._copies:
-            self._copies.wait_for(layer)
-
-    def computed(self, plan: StepPlan, layer: str) -> None:
-        """Begin to save `layer`, all of which this step has computed now."""
-        if plan.saves and self._settings.saving == "layerwise":
-            self._follow(plan)
-            # What needs more than its epoch to be right is saved whole, behind the step.
-            jobs = [job for job in plan.saves if job.epoch == self._epoch and not job.adapter]
-            if self._copies:
-                self._copies.computed(plan.step, jobs, layer)
+            failed = self._load(job)
+            self._loaded(job, failed, time.perf_counter() - began)
 
     def save(self, plan: StepPlan) -> None:
         """Fill the slots of every save in `plan`, the first time that it comes."""
         if plan is self._saved:
             return
         self._saved = plan
-        self._end_loads()
-        self._report.asks_layers |= bool(plan.step) and self._hooks.step_ended()
         self._follow(plan)
         self._report.adapters |= self.adapters.digests(plan.adapters)
         began = time.perf_counter()
-        whole = self._copies.end_saves() if self._copies else []
         for job in plan.saves:
-            kept = self._save(job, copied=any(job is each for each in whole))
-            (self._report.saved if kept else self._report.unsaved).append(job)
+            (self._report.saved if self._save(job) else self._report.unsaved).append(job)
         if plan.saves:
             self._report.saved_s += time.perf_counter() - began
 
     def take_loaded(self) -> set[str]:
-        """Return the requests that waited for a load which ended in this step."""
-        return set(self._report.loaded) - self._same_step
+        """Return the requests whose load ended in this step."""
+        return set(self._report.loaded)
 
     def take_failed_pages(self) -> set[int]:
         """Return the pages that could not be filled since the last call."""
@@ -168,9 +130,7 @@ class WorkerHalf:
 
     def close(self) -> None:
         """Unmap the arena."""
-        if self._copies:
-            self._copies.close()
-        self._copies = self._blocks = None
+        self._blocks = None
         if self._arena:
             self._arena.close()
             self._arena = None
@@ -193,17 +153,7 @@ class WorkerHalf:
     def _copier(self, arena: Arena, held: BlockLayout) -> GroupedPages | BridgedPages:
         """Return what copies between the engine's pages and blocks of the layout `held`."""
         if held == self._layout:
-            blocks = GroupedPages(self._cache, held, self._pages, arena, self._rank)
-            if "layerwise" in {self._settings.loading, self._settings.saving}:
-                (names,) = self._names  # of one group: others are refused
-                runs = self._cache.runs(held.block_tokens)
-                ordered = [names[run.place] for run in runs]
-                self._copies = LayerCopies(
-                    dict(zip(ordered, blocks.layers(0), strict=True)),
-                    arena.generations,
-                    self._settings.layer_timeout_s,
-                )
-            return blocks
+            return GroupedPages(self._cache, held, self._pages, arena, self._rank)
         log.info("kvstrata re-arranges blocks of %s", held.describe())
         (group,), (layers,) = self._cache.groups, self._pages  # only such caches ask for a bridge
         pages = [layers[run.place] for run in self._cache.runs(self._layout.block_tokens)]
@@ -215,10 +165,11 @@ class WorkerHalf:
         sizes = [group.cache.page_bytes * group.cache.layers for group in self._cache.groups]
         return sum(sizes[group] for group in job.copy.groups)
 
-    def _ended(self, job: LoadJob, failed: Sequence[int]) -> None:
+    def _loaded(self, job: LoadJob, failed: Sequence[int], took_s: float) -> None:
         """Report a load of whose pages `failed` must not be used."""
         if not failed:
             self._report.copied_bytes += self._copied_bytes(job)
+            self._report.copied_s += took_s
         # vLLM computes from the first failed page on, whatever lies behind it.
         good = min(map(job.copy.pages.index, failed), default=len(job.copy.pages))
         if self._cache.is_whole:
@@ -228,13 +179,6 @@ class WorkerHalf:
             self._failed_requests.add(job.request)
             good = 0
         self._report.loaded[job.request] = good
-
-    def _end_loads(self) -> None:
-        if self._copies:
-            ended, took_s = self._copies.end_loads()
-            for job, failed in ended:
-                self._ended(job, failed)
-            self._report.copied_s += took_s
 
     def _fits(self, job: LoadJob | SaveJob) -> bool:
         """Return whether a job is of the arena, the weights and the adapter at hand."""
@@ -247,8 +191,7 @@ class WorkerHalf:
         copy = job.copy
         if not copy.pages:
             return []
-        # A load that the pass should have waited for and cannot would come too late here.
-        if self._blocks is None or self._arena is None or job.same_step or not self._fits(job):
+        if self._blocks is None or self._arena is None or not self._fits(job):
             return copy.pages
         generations = self._arena.generations
         good = [
@@ -264,10 +207,8 @@ class WorkerHalf:
             if not was_good or generations[slot] != generation
         ]
 
-    def _save(self, job: SaveJob, *, copied: bool) -> bool:
-        if self._blocks is None or not self._fits(job):
-            return False
-        return copied or self._blocks.save(job.copy)
+    def _save(self, job: SaveJob) -> bool:
+        return self._blocks is not None and self._fits(job) and self._blocks.save(job.copy)
 
 
 def _view(cache: PagedCache, name: str, tensor: torch.Tensor) -> NDArray[np.uint8]:
