@@ -506,7 +506,7 @@ def test_slots_of_a_daemon_that_is_gone_are_not_sealed(kept, prompts, reference,
         if layer == names[-1] and session.epoch == epoch:
             os.kill(kept.connector.daemon_pid, signal.SIGKILL)
             deadline = time.monotonic() + 30
-            while session.epoch == epoch or not session.usable():
+            while not session.usable() or session.epoch == epoch:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
 

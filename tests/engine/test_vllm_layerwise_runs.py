@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,7 +79,30 @@ def test_dozens_of_prompts(engine_on, many, begun, tmp_path, batch_tokens):
     assert sum(answer.tokens_from["disk"] for answer in restarted) > 0
 
 
-def test_preempted_requests_answer_the_same(engine_on, prompts, begun):
+def _fail_every_third(monkeypatch):
+    """Let copies of layers write rubbish and fail, in every third step that loads."""
+    real_begin, real_load = _copies().begin_loads, _copies()._load_layer
+    steps, failures = [], []
+
+    def begin(self, jobs):
+        steps.extend([True] if jobs else [])
+        real_begin(self, jobs)
+
+    def load(self, name, rows):
+        if len(steps) % 3 != 1:
+            real_load(self, name, rows)
+            return
+        pages, _ = self._layers[name]
+        pages[rows.pages] = 0x3F
+        failures.append(name)
+        raise OSError("the copy failed")
+
+    monkeypatch.setattr(_copies(), "begin_loads", begin)
+    monkeypatch.setattr(_copies(), "_load_layer", load)
+    return failures
+
+
+def test_preempted_requests_answer_the_same(engine_on, prompts, begun, monkeypatch):
     many = [prompts[2][start : start + 150] for start in range(0, 96, 16)]
     small = {"kv_cache_memory_bytes": 22 * 4 * 16384}  # 22 pages of 4 layers: too few for all
     with engine_on(**small) as engine:
@@ -89,8 +113,13 @@ def test_preempted_requests_answer_the_same(engine_on, prompts, begun):
         assert preemptions["vllm:num_preemptions"] > 0
         engine.forget()
         assert _tokens(engine.ask(many, max_tokens=80)) == expected
-    assert begun["loads"] > 0
-    assert begun["saves"] > 0
+        assert begun["loads"] > 0
+        assert begun["saves"] > 0
+        failures = _fail_every_third(monkeypatch)
+        for _ in range(2):
+            engine.forget()
+            assert _tokens(engine.ask(many, max_tokens=80)) == expected
+    assert failures
 
 
 def test_an_engine_that_does_not_ask_for_layers_loads_between_steps(
@@ -116,14 +145,92 @@ def test_an_engine_that_does_not_ask_for_layers_loads_between_steps(
         ({"loading": "sync"}, {}, "Invalid enum value 'sync' - at `$.loading`"),
         (
             {"saving": "layerwise"},
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "saving: layerwise is not proven with speculative decoding",
+            {"kv_cache_dtype": "fp8_e4m3"},
+            "saving: layerwise is not proven with a quantised cache",
         ),
     ],
-    ids=["setting", "speculation"],
+    ids=["setting", "cache"],
 )
 def test_what_is_refused(engine_on, extra, options, said):
     with pytest.raises(ConfigError) as caught, engine_on(extra, **options):
         pass
     assert said in caught.value.message
     assert caught.value.hint
+
+
+def _refuse(loading="layerwise", saving="blocks", *, spec=None, whole=True, alone=True, **changed):
+    """Ask for layer-wise copies on an engine like the tests', but for what is `changed`."""
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from kvstrata.connectors.vllm.samestep import refuse_layerwise
+    from kvstrata.connectors.vllm.settings import ConnectorSettings
+
+    full = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    proven = {
+        "parallel_config.world_size": 1,
+        "parallel_config.data_parallel_size": 1,
+        "parallel_config.use_ubatching": False,
+        "speculative_config": None,
+        "max_concurrent_batches": 1,
+        "use_v2_model_runner": False,
+        "cache_config.cache_dtype": "auto",
+        "model_config.is_multimodal_model": False,
+        "model_config.quantization": None,
+    }
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(),
+        cache_config=SimpleNamespace(),
+        model_config=SimpleNamespace(),
+    )
+    for name, value in (proven | changed).items():
+        owner, _, field = name.rpartition(".")
+        setattr(getattr(config, owner) if owner else config, field, value)
+    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec or full)])
+    refuse_layerwise(
+        ConnectorSettings(loading=loading, saving=saving),
+        config,
+        groups,
+        SimpleNamespace(is_whole=whole),
+        alone=alone,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"whole": False}, "several cache groups or a sliding window"),
+        ({"spec": "latents"}, "a cache other than full attention"),
+        ({"cache_config.cache_dtype": "fp8_e5m2"}, "a quantised cache"),
+        ({"model_config.is_multimodal_model": True}, "images"),
+        ({"parallel_config.world_size": 2}, "several workers"),
+        ({"parallel_config.data_parallel_size": 2}, "data parallelism"),
+        ({"parallel_config.use_ubatching": True}, "micro-batches"),
+        ({"alone": False}, "another connector beside it"),
+        ({"speculative_config": "ngram"}, "speculative decoding"),
+        ({"max_concurrent_batches": 2}, "asynchronous scheduling"),
+        ({"use_v2_model_runner": True}, "vLLM's second model runner"),
+        ({"model_config.quantization": "awq"}, "quantised weights"),
+    ],
+)
+def test_engines_that_are_not_proven_are_refused(changed, said):
+    with pytest.raises(ConfigError, match=f"loading: layerwise is not proven with {said}"):
+        _refuse(**changed)
+    if said != "quantised weights":
+        with pytest.raises(ConfigError, match=f"saving: layerwise is not proven with {said}"):
+            _refuse("async", "layerwise", **changed)
+    _refuse("async", "blocks", **changed)
+
+
+def test_the_proven_engine_and_quantised_weights_that_are_only_saved():
+    _refuse("layerwise", "layerwise")
+    _refuse("async", "layerwise", **{"model_config.quantization": "awq"})
+
+
+def test_only_layer_wise_engines_are_kept_from_whole_graphs():
+    from kvstrata.connectors.vllm import KvstrataConnector
+
+    asks = KvstrataConnector.requires_piecewise_for_cudagraph
+    assert [asks({}), asks({"loading": "async"}), asks({"saving": "blocks"})] == [False] * 3
+    assert asks({"loading": "layerwise"})
+    assert asks({"saving": "layerwise"})
