@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import wait
 
 import pytest
 
@@ -92,8 +93,8 @@ def test_layers_are_copied_while_others_compute(kept, prompts, reference, monkey
     def load(self, name, rows):
         if name != names[0]:
             assert first_computed.wait(4), "the pass waits for layers that it does not need yet"
-        events.append(("copy", names.index(name)))
         real_load(self, name, rows)
+        events.append(("copied", names.index(name)))
 
     def wait_for(self, layer):
         real_wait(self, layer)
@@ -117,9 +118,9 @@ def test_layers_are_copied_while_others_compute(kept, prompts, reference, monkey
         answer = kept.ask([longer], max_tokens=1)[0]
     assert answer.tokens_from["host"] == 256
     place = {event: events.index(event) for event in events}
-    assert place["computed", 0] < place["copy", LAYERS - 1]
+    assert place["computed", 0] < place["copied", LAYERS - 1]
     for layer in range(LAYERS):
-        assert place["copy", layer] < place["there", layer] < place["computed", layer]
+        assert place["copied", layer] < place["there", layer] < place["computed", layer]
         assert place["computed", layer] < place["save", layer]
     kept.forget()
     assert kept.ask([prompts[2]])[0].tokens == reference[2]
@@ -166,19 +167,55 @@ def test_a_pass_in_parts_is_saved_when_it_has_ended(kept, prompts, monkeypatch):
 
     by_layers = _stored(kept, prompts[2][:256])
     assert kept.llm.reset_prefix_cache(reset_connector=True)
-    real_wait = type(kept.worker).wait_for
+    names = list(kept.worker._copies._layers)
+    real_wait, early = type(kept.worker).wait_for, []
 
     def wait_for(self, layer):
         real_wait(self, layer)
-        self.computed(get_kv_transfer_group()._plan(), layer)  # nothing is computed yet
-        time.sleep(0.02)
+        if layer == names[0]:  # of the next one nothing is computed yet
+            self.computed(get_kv_transfer_group()._plan(), names[1])
+            early.extend(self._copies._saves.values())
+            wait(early)
 
     with monkeypatch.context() as patch:
         patch.setattr(type(kept.worker), "wait_for", wait_for)
-        for cache in kept.worker._copies._layers.values():
-            cache[0][:] = 0x11
+        _scribble(kept)
         kept.ask(prompts, max_tokens=1)
+    assert early
     assert _stored(kept, prompts[2][:256]) == by_layers
+
+
+def _scribble(engine):
+    """Write over every page, as others would: what is right there has come since."""
+    for pages, _ in engine.worker._copies._layers.values():
+        pages[:] = 0x3F
+
+
+def test_a_pass_waits_for_layers_that_come_late(kept, prompts, reference, monkeypatch):
+    """Also where it asks for one without a cache of its own, which reads another's pages."""
+    real_load, real_wait = _copies()._load_layer, type(kept.worker).wait_for
+    names, done = list(kept.worker._copies._layers), []
+
+    def load(self, name, rows):
+        time.sleep(0.05)
+        real_load(self, name, rows)
+
+    def wait_for(self, layer):
+        if layer == names[1] and self._copies._jobs and not done:
+            real_wait(self, "a layer that shares another's pages")
+            done.extend(load.done() for load in self._copies._loads.values())
+        real_wait(self, layer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_copies(), "_load_layer", load)
+        for _ in range(2):
+            kept.forget()
+            _scribble(kept)
+            answer = kept.ask([prompts[2]])[0]
+            assert answer.tokens == reference[2]
+            assert answer.tokens_from["host"] == 256
+            patch.setattr(type(kept.worker), "wait_for", wait_for)
+    assert done == [True] * LAYERS
 
 
 def test_slot_reused_under_the_copy_is_recomputed(kept, prompts, reference, begun, monkeypatch):
@@ -484,8 +521,7 @@ def test_an_aborted_requests_save_ends_before_its_pages_go(kept, prompts, monkey
         llm = _step(kept, longer)
         assert kept.worker._copies._saves == {}
     llm.abort_request(["one step"], internal=False)
-    for pages, _ in kept.worker._copies._layers.values():
-        pages[:] = 0x11
+    _scribble(kept)
     kept.forget()
     aborted = _stored(kept, longer[:192])
     assert kept.llm.reset_prefix_cache(reset_connector=True)
