@@ -126,6 +126,25 @@ def test_layers_are_copied_while_others_compute(kept, prompts, reference, monkey
     assert kept.ask([prompts[2]])[0].tokens == reference[2]
 
 
+def test_copies_that_others_hold_up_are_not_taken_for_slow(kept, prompts, monkeypatch):
+    """Else the daemon finds that computing is faster, and kept blocks are not used."""
+    import numpy as np
+
+    class HeldUp(np.ndarray):
+        def __getitem__(self, index):
+            time.sleep(0.05)
+            return np.asarray(super().__getitem__(index))
+
+    layers = kept.worker._copies._layers
+    for name, (pages, slots) in list(layers.items()):
+        monkeypatch.setitem(layers, name, (pages, slots.view(HeldUp)))
+    found = []
+    for _ in range(3):
+        kept.forget()
+        found.append(kept.ask([prompts[2]], max_tokens=1)[0].tokens_from["host"])
+    assert found == [256] * 3
+
+
 def test_a_layer_is_saved_before_the_last_is_computed(kept, monkeypatch):
     """The last layer's pass waits here until the first layer is saved."""
     saved = threading.Event()
