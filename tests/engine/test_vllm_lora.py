@@ -182,3 +182,14 @@ def test_two_workers_agree_on_weights(engine_on, make_llama, prompts, adapters, 
         assert engine.llm.reset_prefix_cache(reset_connector=True)
         for expected in (0, 0, 256):  # the first look after a reset, a save, a load
             assert ask(engine, prompt, None) == (renewed, expected)
+
+
+def test_layer_wise_an_adapters_blocks_move_between_steps(engine_on, prompts, adapters, right):
+    """The model's own are loaded within the step beside them."""
+    extra = {"tiers": "host:64MiB", "loading": "layerwise", "saving": "layerwise"}
+    asked = (None, lora("one", 1, adapters[0]), lora("two", 2, adapters[1]))
+    with engine_on(extra, **OPTIONS) as engine:
+        cold = [ask(engine, prompts[2], adapter) for adapter in asked]
+        warm = [ask(engine, prompts[2], adapter) for adapter in asked]
+    assert cold == [(tokens, 0) for tokens in right]
+    assert warm == [(tokens, 256) for tokens in right]

@@ -26,10 +26,12 @@ from kvstrata.connectors.vllm.adapters import LoadedAdapters
 from kvstrata.connectors.vllm.deviceworker import worker_half
 from kvstrata.connectors.vllm.geometry import engine_cache
 from kvstrata.connectors.vllm.identity import vllm_namespace
+from kvstrata.connectors.vllm.layerworker import LayerwiseWorker
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport, WorkerProcess
 from kvstrata.connectors.vllm.metrics import ConnectorMetrics, ConnectorStats
 from kvstrata.connectors.vllm.releases import hit_sources, tier_events
 from kvstrata.connectors.vllm.runner import calling_connector, calling_runner, pages_are_free
+from kvstrata.connectors.vllm.samestep import SameStepScheduler, refuse_layerwise
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import read_settings
 from kvstrata.connectors.vllm.weights import WeightsWatch
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -71,11 +73,18 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         settings = read_settings(self._kv_transfer_config.kv_connector_extra_config)
         cache = engine_cache(vllm_config, kv_cache_config)
         layout = cache.block_layout(settings.block_tokens_for(cache.page_tokens))
+        refuse_layerwise(settings, vllm_config, kv_cache_config, cache, alone=self._parent is None)
         self._scheduler: SchedulerHalf | None = None
+        self._same_step: SameStepScheduler | None = None  # the scheduler half, if it is one
         self._worker: WorkerHalf | None = None
+        self._layers: LayerwiseWorker | None = None  # the worker half, if it is one
         if role == KVConnectorRole.WORKER:
+            if settings.layerwise:
+                self._layers = LayerwiseWorker(cache, layout, settings)
             kind = str(vllm_config.device_config.device_type)
-            self._worker = worker_half(cache, layout, settings, kind, alone=self._parent is None)
+            self._worker = self._layers or worker_half(
+                cache, layout, settings, kind, alone=self._parent is None
+            )
             return
         self._recompute_failed_loads()
         namespace = vllm_namespace(
@@ -85,7 +94,8 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
             settings.where, layout, namespace, settings.session_limits, bridges=cache.can_bridge
         )
         session.open()
-        self._scheduler = SchedulerHalf(
+        same_step = settings.loading == "layerwise"
+        self._scheduler = (SameStepScheduler if same_step else SchedulerHalf)(
             session,
             cache,
             layout,
@@ -95,6 +105,8 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         published = vllm_config.kv_events_config
         if published and published.enable_kv_cache_events:
             self._scheduler.events = tier_events(cache, layout, self._scheduler.stats, session)
+        if isinstance(self._scheduler, SameStepScheduler):
+            self._same_step = self._scheduler
         if not vllm_config.cache_config.enable_prefix_caching:
             log.warning(
                 "kvstrata is idle: vLLM runs without prefix caching, so it cannot use kept blocks"
@@ -123,6 +135,11 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         del vllm_config
         return "LBHNC"
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Return whether hooks run between layers, which a graph of the whole pass would skip."""
+        return "layerwise" in {extra_config.get("loading"), extra_config.get("saving")}
+
     @property
     def requires_kv_delivery(self) -> bool:
         """False: a cache that loses blocks costs time, never an answer."""
@@ -140,13 +157,20 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
 
     # -- scheduler half ------------------------------------------------------------------------
 
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        """Take vLLM's cache manager, which can forget what a failed load has spoiled."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        if self._same_step:
+            self._same_step.manager = kv_cache_manager
+
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """Return (tokens to load or None to be asked again, loaded between steps)."""
         assert self._scheduler is not None
         tokens = self._scheduler.matched_tokens(request, num_computed_tokens)
-        return tokens, bool(tokens)
+        within = self._same_step is not None and self._same_step.loads_in_step(request)
+        return tokens, bool(tokens) and not within
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -241,13 +265,15 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         self._worker.weights = WeightsWatch(runner.get_model() if runner else None)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """Carry out the step's loads."""
+        """Carry out the step's loads, or begin those that the forward pass waits for by layer."""
         del forward_context, kwargs
         assert self._worker is not None
         self._worker.load(self._plan())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: a request is scheduled only after all its layers have arrived."""
+        """Wait for one layer of the step's own loads, if there are any (`loading: layerwise`)."""
+        if self._layers:
+            self._layers.wait_for(layer_name)
 
     def save_kv_layer(
         self,
@@ -256,7 +282,10 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         attn_metadata: AttentionMetadata,
         **kwargs: Any,
     ) -> None:
-        """Nothing: blocks are saved whole at the end of the step."""
+        """Begin to save what the step has computed of one layer (`saving: layerwise`)."""
+        del kv_layer, attn_metadata, kwargs
+        if self._layers:
+            self._layers.computed(self._plan(), layer_name)
 
     def wait_for_save(self) -> None:
         """Carry out the step's saves, before vLLM may give the pages to someone else."""

@@ -124,6 +124,10 @@ class GroupedPages:
             )
             self._layers[run.group].append((pages[run.group][run.place - held.start], slots))
 
+    def layers(self, group: int) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """Return pages and slots of each layer of a group, in the order of the model's layers."""
+        return self._layers[group]
+
     def load(self, copy: PageCopy) -> None:
         """Fill pages from slots."""
         for layers, rows in zip(self._layers, self._rows(copy), strict=True):

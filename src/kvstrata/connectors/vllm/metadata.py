@@ -94,6 +94,8 @@ class LoadJob:
     """Engine pages that were promised and cannot be filled any more."""
     adapter: AdapterUse | None = None
     """What the KV was computed with, if with an adapter."""
+    same_step: bool = False
+    """Whether the step that fills the pages also reads them, layer by layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,8 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
     """Digest of the weights of each adapter asked about, empty where it cannot be told."""
     weights: WeightsReport = WeightsReport.SAME
     """Whether the model's own weights have changed."""
+    asks_layers: bool = False
+    """Whether the pass of this step, the first, has asked for every layer before it read it."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         """Join the reports of other workers on the same step.
@@ -196,6 +200,7 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
             saved_s=max(self.saved_s, other.saved_s),
             workers=self.workers + other.workers,
             weights=max(self.weights, other.weights),
+            asks_layers=self.asks_layers and other.asks_layers,
             adapters={
                 key: digest if other.adapters.get(key) == digest else ""
                 for key, digest in self.adapters.items()

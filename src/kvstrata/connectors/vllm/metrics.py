@@ -7,6 +7,7 @@ where it logs and serves them, maybe in another process.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import Counter, Histogram
@@ -18,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["ConnectorMetrics", "ConnectorStats"]
+__all__ = ["ConnectorMetrics", "ConnectorStats", "split_by_tier"]
 
 _WAITS_MAX: Final = 4096
 
@@ -161,3 +162,13 @@ class ConnectorMetrics(KVConnectorPromMetrics):  # type: ignore[misc]  # as abov
                 metric.labels(*values, label).inc(number)
         for seconds in transfer_stats_data.get("waits", []):
             self._waits.labels(*values).observe(seconds)
+
+
+def split_by_tier(tokens: int, staged: Mapping[str, int]) -> dict[str, int]:
+    """Return loaded `tokens` by the tier that they came from; the host has all but the staged."""
+    split = {}
+    for tier, below in staged.items():
+        split[tier] = min(below, tokens)
+        tokens -= split[tier]
+    split["host"] = split.get("host", 0) + tokens
+    return split

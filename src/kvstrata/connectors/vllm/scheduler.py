@@ -28,7 +28,7 @@ from kvstrata.connectors.vllm.metadata import (
     StepReport,
     WeightsReport,
 )
-from kvstrata.connectors.vllm.metrics import ConnectorStats
+from kvstrata.connectors.vllm.metrics import ConnectorStats, split_by_tier
 from kvstrata.core.errors import CallRefusedError, DaemonError
 from kvstrata.core.ids import SequenceHash
 from kvstrata.layout import BlockLayout, GroupedCache
@@ -399,13 +399,9 @@ class SchedulerHalf:
         tokens = good_pages * self._page_tokens
         if not self._cache.is_whole:  # all or nothing, with as many pages as the windows need
             tokens = tracked.load_tokens if good_pages else 0
-        for tier, staged in tracked.staged.items():
-            counted = min(staged, tokens)
+        for tier, counted in split_by_tier(tokens, tracked.staged).items():
             tracked.tokens_from[tier] = tracked.tokens_from.get(tier, 0) + counted
             self.stats.count("loaded_tokens", counted, tier)
-            tokens -= counted
-        tracked.tokens_from["host"] += tokens
-        self.stats.count("loaded_tokens", tokens, "host")
 
     def _track(self, request: Request) -> _Tracked:
         tracked = self._requests.get(request.request_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -49,6 +49,13 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """Longest wait of the engine's scheduler for one answer of the daemon."""
     staging_timeout_s: _Seconds = 5.0
     """Longest wait of a request for its blocks to come from disk (private daemon)."""
+    loading: Literal["async", "layerwise"] = "async"
+    """When blocks are loaded: before their request is scheduled, or layer by layer beside its first
+    forward pass."""
+    saving: Literal["blocks", "layerwise"] = "blocks"
+    """When blocks are saved: whole at the end of a step, or each layer while the next computes."""
+    layer_timeout_s: _Seconds = 5.0
+    """Longest wait of a forward pass for the layers of its loads (`loading: layerwise`)."""
     retry_interval_s: _Seconds = 1.0
     """Time between two attempts to reach a daemon that is gone."""
     device_copier: str = AUTO
@@ -60,6 +67,11 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         if self.block_tokens is not None:
             return self.block_tokens
         return -(-BLOCK_TOKENS_DEFAULT // page_tokens) * page_tokens
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether anything is moved layer by layer."""
+        return "layerwise" in {self.loading, self.saving}
 
     @property
     def where(self) -> str | NodeConfig:
