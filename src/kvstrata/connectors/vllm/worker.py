@@ -21,6 +21,7 @@ from kvstrata.connectors.vllm.bridged import BridgedPages
 from kvstrata.connectors.vllm.geometry import FP8_TENSORS
 from kvstrata.connectors.vllm.grouped import GroupedPages
 from kvstrata.connectors.vllm.metadata import LoadJob, SaveJob, StepPlan, StepReport
+from kvstrata.connectors.vllm.states import StatePages, state_view
 from kvstrata.connectors.vllm.weights import WeightsWatch
 from kvstrata.core.errors import KvstrataError, LayoutError
 from kvstrata.layout import BlockLayout, Bridge, GroupedCache, PagedCache, page_view, rank_part
@@ -41,7 +42,7 @@ class WorkerHalf:
         self._rank = 0
         self._pages: list[list[NDArray[np.uint8]]] = []  # of each group
         self._arena: Arena | None = None
-        self._blocks: GroupedPages | BridgedPages | None = None
+        self._blocks: GroupedPages | BridgedPages | StatePages | None = None
         self._epoch = 0
         self._saved: StepPlan | None = None
         self._allowed = True  # by the weights, in this step
@@ -72,7 +73,12 @@ class WorkerHalf:
                 hint="this engine's KV layout is unknown to kvstrata; run without the connector",
             )
         self._pages = [
-            [_view(group.cache, name, caches[name]) for name in names]
+            [
+                state_view(group, name, caches[name])
+                if group.state_bytes
+                else _view(group.cache, name, caches[name])
+                for name in names
+            ]
             for group, names in zip(self._cache.groups, layer_names, strict=True)
         ]
         if len({len(pages) for layers in self._pages for pages in layers}) != 1:
@@ -161,8 +167,10 @@ class WorkerHalf:
         except KvstrataError as error:
             log.warning("kvstrata cannot map the daemon's arena: %s", error)
 
-    def _copier(self, arena: Arena, held: BlockLayout) -> GroupedPages | BridgedPages:
+    def _copier(self, arena: Arena, held: BlockLayout) -> GroupedPages | BridgedPages | StatePages:
         """Return what copies between the engine's pages and blocks of the layout `held`."""
+        if self._cache.state_groups:
+            return StatePages(self._cache, held, self._pages, arena)
         if held == self._layout:
             return GroupedPages(self._cache, held, self._pages, arena, self._rank)
         log.info("kvstrata re-arranges blocks of %s", held.describe())
