@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from kit import write_qwen3_next
 
 from kvstrata.testing.contracts.engine_connector import EngineConnectorContract
 
@@ -122,19 +123,110 @@ def _pages(place):
     return range(1 + place * PAGES, 1 + place * PAGES + PAGES)
 
 
-@pytest.fixture(scope="module", params=["llama", "deepseek"])
-def script(request, engine_on):
+class StateScript(Script):
+    """The same on a model with states: a place is a page of attention and one of each state.
+
+    As vLLM does it, a request computes to its last end of a block in one step, after which it has
+    states there, and the rest in another. Where it has none a place is its page of attention.
+    """
+
+    block_tokens = 96
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self._views = engine.worker._pages
+        self._stateful = None
+
+    def allocate(self, name, places, external_tokens):
+        from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+        from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+        places = list(places)
+        last = self._blocks(name) - 1
+        self._stateful = places[last]
+        self._pages[name] = tuple(
+            [_page(group, place) * (group == 3 or at >= last) for at, place in enumerate(places)]
+            for group in range(4)
+        )
+        blocks = KVCacheBlocks(
+            tuple(tuple(KVCacheBlock(page) for page in table) for table in self._pages[name])
+        )
+        self._leader.update_state_after_alloc(self._requests[name], blocks, external_tokens)
+
+    def plan(self, computed):
+        if not computed:
+            return [self._step({}, {})]
+        ((name, tokens),) = computed.items()
+        blocks = self._blocks(name)
+        boundary = blocks * self.block_tokens
+        offers = [(group, self._pages[name][group][blocks - 1], boundary) for group in range(3)]
+        first = self._step({name: boundary}, {name: offers})
+        return [first, self._step({name: tokens - boundary}, {})]
+
+    def work(self, plan):
+        return [super(StateScript, self).work(step) for step in plan]
+
+    def report(self, report):
+        return {name for step in report for name in super(StateScript, self).report(step)}
+
+    def finish(self, name):
+        return self._leader.request_finished_all_groups(self._requests[name], ([],) * 4)[0]
+
+    def fill(self, place, seed):
+        import numpy as np
+
+        luck = np.random.default_rng(seed)
+        for group, layers in enumerate(self._views):
+            for pages in layers:
+                pages[_page(group, place)] = luck.integers(0, 256, pages.shape[1], np.uint8)
+
+    def read(self, place):
+        groups = range(4) if place == self._stateful else [3]
+        return b"".join(
+            pages[_page(group, place)].tobytes() for group in groups for pages in self._views[group]
+        )
+
+    def _blocks(self, name):
+        return (self._requests[name].num_tokens - 1) // self.block_tokens
+
+    def _step(self, computed, offers):
+        from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
+
+        output = SchedulerOutput.make_empty()
+        output.num_scheduled_tokens = dict(computed)
+        output.total_num_scheduled_tokens = sum(computed.values())
+        output.kv_connector_block_state = KVConnectorBlockState(
+            req_ids=set(computed),
+            resolve_block_ids=self._pages.__getitem__,
+            boundary_state_offloads=offers,
+        )
+        plan = self._leader.build_connector_meta(output)
+        for name, tokens in computed.items():
+            self._requests[name].num_computed_tokens += tokens
+        return plan
+
+
+def _page(group, place):
+    """One page of a place; pages are numbered through all groups."""
+    return 1 + 10 * group + place
+
+
+@pytest.fixture(scope="module", params=["llama", "deepseek", "qwen3-next"])
+def script(request, engine_on, tmp_path_factory):
     """The halves of one engine, which has run: its worker is registered and known."""
     import torch
 
-    options = {}
+    options, block_tokens, kind = {}, BLOCK_TOKENS, Script
     if request.param == "deepseek":
         if not torch.cpu._is_amx_tile_supported():
             pytest.skip("vLLM keeps no prefix of latents on a CPU without AMX")
         options = {"model": request.getfixturevalue("deepseek"), "dtype": "bfloat16"}
-    with engine_on({"tiers": "host:64MiB", "block_tokens": BLOCK_TOKENS}, **options) as running:
+    if request.param == "qwen3-next":
+        model = write_qwen3_next(tmp_path_factory.mktemp("qwen"))
+        options, block_tokens, kind = {"model": model, "dtype": "bfloat16"}, 96, StateScript
+    with engine_on({"tiers": "host:64MiB", "block_tokens": block_tokens}, **options) as running:
         running.ask([[3] * 40], max_tokens=1)
-        yield Script(running)
+        yield kind(running)
 
 
 class TestVllm(EngineConnectorContract):

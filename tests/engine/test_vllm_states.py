@@ -241,3 +241,68 @@ def test_beside_another_connector_we_serve_as_alone(engine_on, qwen, prompts, al
     assert [answer.cached for answer in warm] == HITS[12:16]
     assert (_tokens(failed), loads) == (answers[:3], 3)
     assert [answer.tokens_from["host"] for answer in failed] == [0, HITS[13], 0]
+
+
+# -- which states, and where to --------------------------------------------------------------------
+
+
+def _cache():
+    """Two groups of states and, as the middle one, attention."""
+    from kvstrata.layout import GroupedCache, LayerGroup, PagedCache
+
+    state = PagedCache(1, 1, 16, 32, "uint8", packing="state")
+    attention = LayerGroup(PagedCache(1, 1, 16, 8, "float16"), (1,))
+    return GroupedCache(
+        (LayerGroup(state, (0,), 0, 500), attention, LayerGroup(state, (2,), 0, 500))
+    )
+
+
+def _found(offers, step):
+    from vllm.v1.core.sched.output import KVConnectorBlockState
+
+    from kvstrata.connectors.vllm.states import boundaries
+
+    state = KVConnectorBlockState({"r"}, {}.__getitem__, {"r": offers, "s": [(0, 9, 16)]})
+    return [tuple(each) for each in boundaries(_cache(), 16, state, "r", step)]
+
+
+def test_a_state_is_believed_at_the_ends_of_a_step_only():
+    both = [(0, 5, 32), (2, 6, 32)]
+    assert _found(both, range(32)) == [(32, [5, 6])], "this step computes it"
+    assert _found(both, range(32, 40)) == [(32, [5, 6])], "this step goes on in another page"
+    assert _found(both, range(16, 48)) == [], "computed over"
+    assert _found(both, range(33, 34)) == []
+    assert _found(both, range(31)) == [], "not yet"
+    assert _found(both[:1], range(32)) == [], "of one group only"
+    assert _found([(0, 5, 32), (2, 0, 32)], range(32)) == [], "vLLM's null page"
+    assert _found([(0, 5, 24), (2, 6, 24)], range(24)) == [], "at no end of a block"
+    assert _found([(0, 3, 16), *both, (2, 4, 16)], range(16, 32)) == [(16, [3, 4]), (32, [5, 6])]
+    assert _found([], range(16)) == []
+
+
+def test_keys_of_states_name_their_layers_and_their_prefix():
+    from kvstrata.connectors.vllm.states import chains
+    from kvstrata.layout import GroupedCache
+
+    hashes = [bytes([place]) * 16 for place in range(3)]
+    keys = chains(_cache(), hashes)
+    assert keys[:3] == hashes, "attention's are those of other models: forget and leases find them"
+    assert len(set(keys)) == 9
+    assert chains(_cache(), hashes[:2]) == [keys[place] for place in (0, 1, 3, 4, 6, 7)]
+    turned = chains(GroupedCache(_cache().groups[::-1]), hashes)
+    assert turned == keys[:3] + keys[6:] + keys[3:6], "whatever place vLLM gives a group"
+
+
+def test_a_load_fills_attentions_pages_and_the_last_states():
+    from kvstrata.connectors.vllm.grouped import load_copy
+
+    tables = [[0, 0, 3, 0], [10, 11, 12, 13], [0, 0, 4, 0]]
+    slots = [70, 71, 72, 80, 81]
+    copy, lost = load_copy(_cache(), 16, tables, range(16, 48), slots)
+    rows = list(zip(copy.groups, copy.slots, copy.pages, strict=True))
+    assert rows == [(0, 80, 3), (1, 71, 11), (1, 72, 12), (2, 81, 4)]
+    assert (copy.places, lost) == ([0] * 4, [])
+    for other in ([], slots[:-1], [*slots, 82], [70, 71, 80, 81]):  # slots of another hit
+        assert load_copy(_cache(), 16, tables, range(16, 48), other)[1] == [3, 11, 12, 4], other
+    nowhere = [[0, 0, 0, 0], *tables[1:]]
+    assert load_copy(_cache(), 16, nowhere, range(16, 48), slots)[1], "vLLM made no room for it"

@@ -153,7 +153,8 @@ class GroupedCache:
         if pages != {block_tokens}:
             raise LayoutError(
                 f"block_tokens: {block_tokens} is not the engine's page of {min(pages)} tokens",
-                hint="leave block_tokens out: a model with states has them at ends of pages only",
+                hint=f"set block_tokens to {min(pages)}: a model with states has them at ends of "
+                "pages only",
             )
         layers, page_bytes = sizes.pop()
         return BlockLayout(
