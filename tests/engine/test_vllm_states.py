@@ -17,6 +17,7 @@ LENGTHS += (350, 383, 384, 385, 400, 450, 480, 481, 530, 600, 671, 672)
 HITS = [(length - 1) // PAGE * PAGE for length in LENGTHS]
 """All but the last token may be loaded, up to where a state was kept: the last end of a block."""
 NOTHING = [0] * len(LENGTHS)
+UNSTORED = {"extra_args": {"kv_transfer_params": {"kvstrata": {"store": False}}}}
 TIE = 0.13
 """Logits are of 16-bit floats, two or four steps of which are this."""
 OPTIONS = {"dtype": "bfloat16", "max_model_len": 1024}
@@ -35,19 +36,23 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def longer(prompts):
-    """Prompts that go on where others ended."""
-    return [prompt + [7 + place % 300 for place in range(250)] for prompt in prompts[5:24:6]]
+    """Prompts that go on where others ended, and such that end at the state of another."""
+    longer = [prompt + [7 + place % 300 for place in range(250)] for prompt in prompts[5:24:6]]
+    return [*longer, prompts[6][:96], prompts[12][:192], prompts[18][:288]]
 
 
 @pytest.fixture(scope="module")
 def alone(engine_on, qwen, prompts, longer):
-    """What vLLM answers without kvstrata: to the prompts, and to the longer ones."""
+    """What vLLM answers without kvstrata: to the prompts, and to the longer ones in two ways."""
     with engine_on(model=qwen, **OPTIONS) as engine:
         answers = _tokens(engine.ask(prompts, 8))
         engine.forget()
         more = _with_odds(engine, longer, 8)
+        engine.forget()
+        engine.ask(prompts[5:24:6], 8)
+        own = [_with_odds(engine, [prompt], 8) for prompt in longer[:4]]  # on vLLM's own hits
     assert len(set(answers)) == len(answers), "answers that are all the same show nothing"
-    return answers, more
+    return answers, more, own
 
 
 def _with_odds(engine, prompts, max_tokens):
@@ -121,7 +126,7 @@ def test_host_then_disk_after_restart(
     engine_on, qwen, prompts, longer, alone, tmp_path, monkeypatch
 ):
     extra = {"tiers": f"host:128MiB,disk:{tmp_path}:128MiB"}
-    answers, more = alone
+    answers, more, own = alone
     with engine_on(extra, model=qwen, **OPTIONS) as engine:
         cold = engine.ask(prompts, 8)
         engine.forget()
@@ -129,7 +134,9 @@ def test_host_then_disk_after_restart(
         engine.forget()
         single = [engine.ask([prompt], 8)[0] for prompt in prompts[4::5]]
         engine.forget()
-        extended = engine.ask(longer, 8)
+        extended = engine.ask(longer, 8, sampling=UNSTORED)
+        engine.forget()
+        ours = [_with_odds(engine, [prompt], 8) for prompt in longer[:4]]
         engine.forget()
         failed, loads = _failing(engine, prompts[-3:], monkeypatch)
         salted = engine.ask(prompts[10:20], 8, cache_salt="another")
@@ -142,7 +149,9 @@ def test_host_then_disk_after_restart(
     assert _from(warm, "host") == HITS
     assert _from(single, "host") == HITS[4::5]
     _assert_same(extended, more)
-    assert _from(extended, "host") == HITS[5:24:6], "where the shorter prompt had its state"
+    assert ours == own, "on the same hits no bit differs"
+    shorter = [0, 0, 0]  # vLLM computes the last token, and no state goes back before it
+    assert _from(extended, "host") == HITS[5:24:6] + shorter, "where the other had its state"
     assert _tokens(failed) == answers[-3:]
     assert _from(failed, "host") == [0, HITS[-2], 0], "computed whole, and not asked for again"
     assert loads == 3
@@ -152,28 +161,35 @@ def test_host_then_disk_after_restart(
         restarted = engine.ask(prompts, 8)
         engine.wait_idle()
         engine.forget()
-        _forget_state(engine, longer[2], len(longer[2]) // PAGE)
-        cut = engine.ask(longer[2:], 8)
+        assert _forget(engine, _keys(engine, longer[2])[1]) == 3, "of three groups, on disk"
+        cut = engine.ask(longer[2:4], 8)
+        engine.wait_idle()
+        assert _forget(engine, _keys(engine, longer[3])[0]) == 8, "with its states, in two tiers"
     assert _tokens(restarted) == answers
     assert _from(restarted, "disk") == HITS
-    _assert_same(cut, more[2:])
+    _assert_same(cut, more[2:4])
     kept = [sum(answer.tokens_from.values()) for answer in cut]
     assert kept == [HITS[17], 672], "attention's blocks without a state at their end are no hit"
 
 
-def _forget_state(engine, prompt, boundary):
-    """Evict the states behind a prompt's first `boundary` blocks, and nothing else."""
+def _keys(engine, prompt):
+    """Return the keys of a prompt's last block and of the first state behind it."""
     from kvstrata.connectors.vllm.states import chains
-    from kvstrata.runtime import messages as wire
     from kvstrata.tokens import lineage_digests, sequence_hashes
     from kvstrata.tokens.namespace import ModelKey, salted_key
 
     scheduler = engine.connector._scheduler
     key = salted_key(ModelKey(scheduler.session.welcome.model_key), "")
-    hashes = sequence_hashes(key, lineage_digests(prompt, PAGE))[:boundary]
-    (first, *_) = chains(scheduler._cache, hashes)[2 * boundary - 1 :: boundary]
-    forgotten = scheduler.session.call(wire.Forget(first), wire.Cleared).blocks
-    assert forgotten == 3, "of three groups, on disk"
+    hashes = sequence_hashes(key, lineage_digests(prompt, PAGE))
+    blocks = len(hashes)
+    return hashes[-1], chains(scheduler._cache, hashes)[2 * blocks - 1]
+
+
+def _forget(engine, key):
+    """Evict a block and what hangs on it; return how many copies there were."""
+    from kvstrata.runtime import messages as wire
+
+    return engine.connector._scheduler.session.call(wire.Forget(key), wire.Cleared).blocks
 
 
 @pytest.fixture(scope="module")

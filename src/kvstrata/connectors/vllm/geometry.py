@@ -25,13 +25,14 @@ _FP8_KINDS: Final = {
     "fp8_e5m2": "float8_e5m2",
 }
 _HINTS: Final = {
-    "MambaSpec": "of states only those of vLLM's mode `align` (with prefix caching), in one worker "
-    "without drafts, are supported",
+    "MambaSpec": "of states only gated delta nets' (Qwen3-Next) are supported, in vLLM's mode "
+    "`align` (with prefix caching), in one worker, without drafts",
     "MLAAttentionSpec": "of MLA only plain latents of 16-bit floats, in one worker, are supported",
     "ChunkedLocalAttentionSpec": "chunked attention is not tested",
 }
 _KINDS: Final = frozenset({"FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"})
 _FP8_PER_TENSOR: Final = 1  # vLLM's KVQuantMode: constant scales, which come with the weights
+_STATES: Final = "GDN_ATTN"  # of the kinds that vLLM runs on a CPU, the one that was tested
 
 SPECULATION: Final = ("ngram",)
 """Ways of speculative decoding that keep no KV of drafts beside the model's own."""
@@ -87,6 +88,7 @@ def _states(config: VllmConfig, spec: Any, layers: tuple[int, ...]) -> LayerGrou
     odd = {
         # In other modes a page is computed on in place, and nobody says when it is at a boundary.
         "mamba_cache_mode": spec.mamba_cache_mode != "align" and spec.mamba_cache_mode,
+        "mamba_type": spec.mamba_type.name != _STATES and spec.mamba_type.name,
         "num_speculative_blocks": spec.num_speculative_blocks,
         "num_prefill_checkpoint_blocks": spec.num_prefill_checkpoint_blocks,
         "tp_replicated": spec.tp_replicated,
