@@ -34,7 +34,7 @@ test: env ## check, then every test; the engine's tests come last
 	$(MAKE) --no-print-directory check || status=1; \
 	echo "== tests without an engine"; \
 	$(BIN)/python -m pytest tests --ignore=tests/engine --ignore=tests/nixl --ignore=tests/rgw \
-	  --ignore=tests/sglang --ignore=tests/matrix -n 2 --outcomes $(OUTCOMES)/plain.txt \
+	  --ignore=tests/sglang --ignore=tests/kernels --ignore=tests/matrix -n 2 --outcomes $(OUTCOMES)/plain.txt \
 	  || status=1; \
 	echo "== tests of the example plug-in, and of the kvbm preset's names"; \
 	$(BIN)/python -m pytest $(EXAMPLE) || status=1; \
@@ -56,10 +56,10 @@ test-rgw: env ## test the object store against a Ceph RGW (.ci/ceph brings it)
 
 # SGLang pins other releases than vLLM, so it has an environment of its own. Where that cannot be
 # made the lane says so and passes.
-test-sglang: env ## the tests with SGLang, in .venv-sglang
-	@echo "== tests with SGLang"
+test-sglang: env ## the tests with SGLang and of the Triton kernel, in .venv-sglang
+	@echo "== tests with SGLang, and of the kernel in Triton's interpreter"
 	@if $(MAKE) --no-print-directory $(SGLANG)/.project; then \
-	  $(SGLANG)/python -m pytest tests/sglang --outcomes $(OUTCOMES)/sglang.txt; \
+	  $(SGLANG)/python -m pytest tests/kernels tests/sglang --outcomes $(OUTCOMES)/sglang.txt; \
 	else \
 	  echo "skipped: tests/sglang: its environment cannot be made here ($(PLATFORM)), see above"; \
 	fi

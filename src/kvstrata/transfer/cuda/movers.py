@@ -82,7 +82,7 @@ def _load() -> Any:
         bindings = import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise ConfigError(
-            f"no batched copies: {error}", hint="pip install cuda-bindings"
+            f"no batched copies: {error}", hint="pip install 'kvstrata[cuda]'"
         ) from error
     if not hasattr(bindings, "cudaMemcpyBatchAsync"):
         raise ConfigError(

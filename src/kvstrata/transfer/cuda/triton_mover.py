@@ -40,7 +40,9 @@ class TritonMover:
             self._language: Any = import_module("triton.language")
             self._kernel: Any = import_module("kvstrata.transfer.cuda.kernel").move_tiles
         except ImportError as error:
-            raise ConfigError(f"no Triton kernel: {error}", hint="pip install triton") from error
+            raise ConfigError(
+                f"no Triton kernel: {error}", hint="pip install 'kvstrata[cuda]'"
+            ) from error
         self._device = device
         self._programs = programs
         self._tile_bytes = tile_bytes
