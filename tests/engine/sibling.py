@@ -8,6 +8,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
+    SupportsHMA,
 )
 
 
@@ -68,3 +69,12 @@ class SiblingConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         """Nothing."""
+
+
+class HybridSiblingConnector(SiblingConnector, SupportsHMA):
+    """The same for models with several cache groups."""
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: Any
+    ) -> tuple[bool, dict[str, Any]]:
+        return self.request_finished(request, block_ids)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from kit import SharedDaemon
+from kit import SharedDaemon, write_qwen3_next
 
-from kvstrata.testing.contracts.engine_connector import EngineConnectorContract
+from kvstrata.testing.contracts.engine_connector import CAPABILITIES, EngineConnectorContract
 
 pytestmark = pytest.mark.engine
 
@@ -139,8 +139,109 @@ def _pages(place):
     return range(1 + place * PAGES, 1 + place * PAGES + PAGES)
 
 
+class StateScript(Script):
+    """The same on a model with states: a place is a page of attention and one of each state.
+
+    As vLLM does it, a request computes to its last end of a block in one step, after which it has
+    states there, and the rest in another. Where it has none a place is its page of attention.
+    """
+
+    block_tokens = 96
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self._views = engine.worker._pages
+        self._stateful = None
+
+    def allocate(self, name, places, external_tokens):
+        from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+        from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+        places = list(places)
+        last = self._blocks(name) - 1
+        self._stateful = places[last]
+        self._pages[name] = tuple(
+            [_page(group, place) * (group == 3 or at >= last) for at, place in enumerate(places)]
+            for group in range(4)
+        )
+        blocks = KVCacheBlocks(
+            tuple(tuple(KVCacheBlock(page) for page in table) for table in self._pages[name])
+        )
+        self._leader.update_state_after_alloc(self._requests[name], blocks, external_tokens)
+
+    def plan(self, computed):
+        if not computed:
+            return [self._step({}, {})]
+        ((name, tokens),) = computed.items()
+        blocks = self._blocks(name)
+        boundary = blocks * self.block_tokens
+        offers = [(group, self._pages[name][group][blocks - 1], boundary) for group in range(3)]
+        first = self._step({name: boundary}, {name: offers})
+        return [first, self._step({name: tokens - boundary}, {})]
+
+    def work(self, plan):
+        return [super(StateScript, self).work(step) for step in plan]
+
+    def report(self, report):
+        return {name for step in report for name in super(StateScript, self).report(step)}
+
+    def finish(self, name):
+        return self._leader.request_finished_all_groups(self._requests[name], ([],) * 4)[0]
+
+    def fill(self, place, seed):
+        import numpy as np
+
+        luck = np.random.default_rng(seed)
+        for group, layers in enumerate(self._views):
+            for pages in layers:
+                pages[_page(group, place)] = luck.integers(0, 256, pages.shape[1], np.uint8)
+
+    def read(self, place):
+        groups = range(4) if place == self._stateful else [3]
+        return b"".join(
+            pages[_page(group, place)].tobytes() for group in groups for pages in self._views[group]
+        )
+
+    def _blocks(self, name):
+        return (self._requests[name].num_tokens - 1) // self.block_tokens
+
+    def _step(self, computed, offers):
+        from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
+
+        output = SchedulerOutput.make_empty()
+        output.num_scheduled_tokens = dict(computed)
+        output.total_num_scheduled_tokens = sum(computed.values())
+        output.kv_connector_block_state = KVConnectorBlockState(
+            req_ids=set(computed),
+            resolve_block_ids=self._pages.__getitem__,
+            boundary_state_offloads=offers,
+        )
+        plan = self._leader.build_connector_meta(output)
+        for name, tokens in computed.items():
+            self._requests[name].num_computed_tokens += tokens
+        return plan
+
+
+def _page(group, place):
+    """One page of a place; pages are numbered through all groups."""
+    return 1 + 10 * group + place
+
+
+@pytest.fixture(scope="module")
+def daemon_at(tmp_path_factory):
+    """`with daemon_at() as address:` runs one that offers all: a script computes in no time."""
+
+    @contextlib.contextmanager
+    def start():
+        folder = tmp_path_factory.mktemp("d")
+        with contextlib.closing(SharedDaemon(folder, limits={"weigh_costs": False})) as daemon:
+            yield daemon.address
+
+    return start
+
+
 @pytest.fixture(scope="module", params=["llama", "deepseek"])
-def script(request, engine_on, tmp_path_factory):
+def script(request, engine_on, daemon_at):
     """The halves of one engine, which has run: its worker is registered and known."""
     import torch
 
@@ -149,15 +250,33 @@ def script(request, engine_on, tmp_path_factory):
         if not torch.cpu._is_amx_tile_supported():
             pytest.skip("vLLM keeps no prefix of latents on a CPU without AMX")
         options = {"model": request.getfixturevalue("deepseek"), "dtype": "bfloat16"}
-    # A script computes in no time: the daemon must offer all the same.
-    daemon = SharedDaemon(tmp_path_factory.mktemp("d"), limits={"weigh_costs": False})
-    extra = {"address": daemon.address, "block_tokens": BLOCK_TOKENS}
-    with contextlib.closing(daemon), engine_on(extra, **options) as running:
-        running.ask([[3] * 40], max_tokens=1)
-        yield Script(running)
+    with daemon_at() as address:
+        extra = {"address": address, "block_tokens": BLOCK_TOKENS}
+        with engine_on(extra, **options) as running:
+            running.ask([[3] * 40], max_tokens=1)
+            yield Script(running)
+
+
+@pytest.fixture(scope="module")
+def state_script(engine_on, daemon_at, tmp_path_factory):
+    """The same, with states."""
+    model = write_qwen3_next(tmp_path_factory.mktemp("qwen"))
+    with daemon_at() as address:
+        extra = {"address": address, "block_tokens": StateScript.block_tokens}
+        with engine_on(extra, model=model, dtype="bfloat16") as running:
+            running.ask([[3] * 40], max_tokens=1)
+            yield StateScript(running)
 
 
 class TestVllm(EngineConnectorContract):
     @pytest.fixture
     def engine(self, script):
         return script
+
+
+class TestVllmStates(EngineConnectorContract):
+    capabilities = CAPABILITIES - {"lives", "preempts", "resets"}
+
+    @pytest.fixture
+    def engine(self, state_script):
+        return state_script

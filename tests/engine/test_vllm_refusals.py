@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from kit import write_qwen3_next
 
 from kvstrata.core.errors import ConfigError, DaemonError, LayoutError
 
@@ -52,40 +53,12 @@ def test_slab_of_another_layout_is_refused_and_left_alone(engine_on, prompts, tm
     assert slab.read_bytes() == before
 
 
-def _qwen3_next(folder):
-    import torch
-    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3NextConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        linear_num_value_heads=4,
-        linear_num_key_heads=2,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-        shared_expert_intermediate_size=64,
-        full_attention_interval=4,
-    )
-    Qwen3NextForCausalLM(config).float().save_pretrained(folder)
-    return folder
-
-
-def test_a_cache_of_states_is_refused(engine_on, tmp_path):
-    """Which bytes of it mean what, and when, no table of pages says."""
-    model = _qwen3_next(tmp_path / "m")
-    extra = {"tiers": "host:64MiB"}
-    said = _refusal(engine_on, extra, LayoutError, model=model, dtype="bfloat16")
-    assert "KV cache is MambaSpec" in said
+def test_states_that_vllm_keeps_at_no_boundary_are_refused(engine_on, tmp_path):
+    """Without prefix caching a state is computed on in place, and nobody could load it."""
+    model = write_qwen3_next(tmp_path / "m")
+    options = {"model": model, "dtype": "bfloat16", "enable_prefix_caching": False}
+    said = _refusal(engine_on, {"tiers": "host:64MiB"}, LayoutError, **options)
+    assert "KV cache is MambaSpec with {'mamba_cache_mode': 'none'}" in said
 
 
 def test_speculative_decoding_with_drafts_of_its_own_kv_is_refused():

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["LLAMA", "SharedDaemon", "demo_kept_its_promises", "write_llama"]
+__all__ = ["LLAMA", "SharedDaemon", "demo_kept_its_promises", "write_llama", "write_qwen3_next"]
 
 
 LLAMA: Final = {
@@ -42,6 +42,39 @@ def write_llama(folder: Path, seed: int = 0, spread: float = 0.2) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(**(LLAMA | {"initializer_range": spread}))
     LlamaForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+def write_qwen3_next(folder: Path) -> Path:
+    """Write a tiny Qwen3-Next: three layers with states to one of attention.
+
+    Its heads are wide for its states, so that vLLM's pages, as long as states, have 96 tokens.
+    """
+    import torch
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3NextConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=2048,
+        linear_num_value_heads=2,
+        linear_num_key_heads=2,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        full_attention_interval=4,
+        initializer_range=0.2,
+    )
+    Qwen3NextForCausalLM(config).float().save_pretrained(folder)
     return folder
 
 

@@ -191,3 +191,66 @@ def test_a_hit_is_cut_to_what_every_group_has_without_the_slow_tier(lost, ready)
     answer = node.manager.lookup(node.holder(), node.all_keys(), 9.0, node.windows, engine)
     assert (answer.ready, answer.pending) == (ready, 0)
     assert answer.why.startswith("too slow to be worth it: 2 blocks of disk") == (not lost)
+
+
+class Stateful(Hybrid):
+    """Attention (group 0) and a state (1) behind its blocks 1 and 3, on which the states hang."""
+
+    windows = (0, 1)
+
+    def __init__(self, slots: int) -> None:
+        super().__init__()
+        self.host = Pool(slots, LruPolicy())
+        self.manager = Manager(self.host, [], Limits(), costs=Costs(64, 1 << 20))
+
+    def put(self, parent: SequenceHash | None, *new: SequenceHash) -> None:
+        holder = self.holder()
+        answer = self.manager.reserve(holder, parent, new)
+        self.manager.seal(holder, answer.slots)
+        self.work()
+
+    def store(self) -> None:
+        a = keys(0, *range(BLOCKS))
+        self.put(None, *a[:2])
+        self.put(a[1], *keys(1, 1))
+        self.put(a[1], *a[2:])
+        self.put(a[3], *keys(1, 3))
+
+    def all_keys(self, blocks: int = BLOCKS) -> list[SequenceHash]:
+        return [key for group in range(2) for key in keys(group, *range(blocks))]
+
+    def kept(self, group: int) -> list[int]:
+        found = self.host.scan(keys(group, *range(BLOCKS)))
+        return [place for place, slot in enumerate(found) if slot is not None]
+
+
+def test_a_state_is_evicted_alone_and_cuts_the_hit_to_where_there_is_one() -> None:
+    node = Stateful(slots=6)
+    node.store()
+    seen = []
+    for stranger in range(2):
+        holder, answer = node.find()
+        got = node.manager.acquire(holder, node.all_keys(), 0.0, node.windows)
+        expected = keys(0, *range(answer.ready)) + keys(1, *node.kept(1)[-1:])
+        assert [node.host.hash_of(slot) for slot in got.slots] == expected
+        node.manager.release(holder)
+        seen.append((node.kept(0), node.kept(1), answer.ready))
+        node.put(None, *keys(9, stranger))  # a block of somebody else's needs a slot
+    everything = [0, 1, 2, 3]
+    assert seen == [(everything, [1, 3], 4), (everything, [1], 2)], "the deepest one goes first"
+
+
+def test_a_state_that_is_lost_cuts_the_hit_to_the_one_before() -> None:
+    node = Stateful(slots=8)
+    node.store()
+    node.host.withdraw(keys(1, 3))
+    assert node.kept(0) == [0, 1, 2, 3]
+    assert node.find()[1].ready == 2
+
+
+def test_a_forgotten_prompt_takes_its_states_along() -> None:
+    node = Stateful(slots=8)
+    node.store()
+    assert node.manager.forget(keys(0, 2)[0]) == 3
+    assert (node.kept(0), node.kept(1)) == ([0, 1], [1])
+    assert node.find()[1].ready == 2

@@ -145,3 +145,64 @@ def test_a_layer_that_is_missing_or_there_twice_is_refused(groups) -> None:
 def test_a_group_with_another_number_of_layers_than_it_says_is_refused() -> None:
     with pytest.raises(LayoutError, match="not each layer once"):
         GroupedCache((LayerGroup(replace(PAGE, layers=2), (0,)),))
+
+
+# -- states ----------------------------------------------------------------------------------------
+
+STATE = PagedCache(layers=1, heads=1, page_tokens=4, channels=32, dtype="uint8", packing="state")
+"""As many bytes a page as `PAGE` has, 100 of which are the state."""
+
+
+def stateful(*places: tuple[int, ...], attention: tuple[int, ...] = (0,)) -> GroupedCache:
+    states = [LayerGroup(replace(STATE, layers=len(each)), each, 0, 100) for each in places]
+    plain = LayerGroup(replace(PAGE, layers=len(attention)), attention)
+    return GroupedCache((*states, plain))
+
+
+def test_each_group_of_a_model_with_states_has_blocks_of_its_own() -> None:
+    cache = stateful((1,), (2,))
+    layout = cache.block_layout(4)
+    assert layout.dimensions == (Dimension("byte", 128),), "a page of one layer"
+    assert (cache.state_groups, cache.windows) == ((0, 1), (0, 1, 1))
+    assert not cache.is_whole
+    plain = grouped((PAGE, (0,), 0))
+    assert (plain.state_groups, plain.windows) == ((), (0,))
+
+
+def test_layouts_of_states_differ_in_whatever_changes_a_block() -> None:
+    cache = stateful((1, 2), (3, 4), attention=(0, 5))
+    otherwise = stateful((1, 3), (2, 4), attention=(0, 5))  # other layers lie in one block
+    groups = [replace(g, state_bytes=g.state_bytes and 96) for g in cache.groups]
+    shorter = GroupedCache(tuple(groups))
+    turned = GroupedCache(cache.groups[::-1])  # is the same: keys name layers
+    layouts = [each.block_layout(4) for each in (cache, otherwise, shorter)]
+    assert len(set(layouts)) == 3
+    assert turned.block_layout(4) == layouts[0]
+
+
+@pytest.mark.parametrize(
+    ("cache", "said"),
+    [
+        (stateful((1, 2), (3,)), "as many layers in each group"),
+        (
+            GroupedCache((*stateful((1,)).groups, LayerGroup(PAGE, (2,)))),
+            "one group of full attention",
+        ),
+        (
+            GroupedCache((stateful((1,)).groups[0], LayerGroup(PAGE, (0,), 8))),
+            "one group of full attention",
+        ),
+        (GroupedCache(stateful((0,), attention=(1,)).groups[:1]), "one group"),
+    ],
+    ids=["unequal", "two", "window", "states"],
+)
+def test_what_is_not_known_beside_states_is_refused(cache, said) -> None:
+    with pytest.raises(LayoutError, match=said) as caught:
+        cache.block_layout(4)
+    assert caught.value.hint == "run this model without the connector"
+
+
+def test_blocks_of_several_pages_have_no_states_at_their_ends() -> None:
+    with pytest.raises(LayoutError, match="8 is not the engine's page of 4") as caught:
+        stateful((1,)).block_layout(8)
+    assert caught.value.hint.startswith("set block_tokens to 4:")

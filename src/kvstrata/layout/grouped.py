@@ -36,6 +36,8 @@ class LayerGroup:
     """For each of them, which of the model's layers it is."""
     window_tokens: int = 0
     """How many tokens a query sees, itself included; 0 for all."""
+    state_bytes: int = 0
+    """If a page has no KV but the state behind its last token: its length, without padding."""
 
 
 class LayerRun(NamedTuple):
@@ -109,6 +111,19 @@ class GroupedCache:
         """Whether its workers can re-arrange blocks of another layout."""
         return self.is_whole and not self.stages
 
+    @property
+    def state_groups(self) -> tuple[int, ...]:
+        """Which groups keep states; if there are any, each group has blocks of its own."""
+        return tuple(index for index, group in enumerate(self.groups) if group.state_bytes)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """For each chain of blocks how many of its last ones a hit needs; 0 for all.
+
+        The first chain has the pages of attention; each group of states has one more.
+        """
+        return (0, *(1 for _ in self.state_groups))
+
     def pages_per_block(self, block_tokens: int) -> list[int]:
         """Return for each group how many of a layer's pages one block covers.
 
@@ -127,6 +142,8 @@ class GroupedCache:
         engine may have forgotten pages of a block before it is complete.
         """
         places = self.pages_per_block(block_tokens)
+        if self.state_groups:
+            return self._state_layout(block_tokens)
         for group in self.groups:
             if 0 < group.window_tokens < block_tokens:
                 raise LayoutError(
@@ -149,6 +166,33 @@ class GroupedCache:
             writer=f"vllm-mixed-{self._digest()}",
         )
 
+    def _state_layout(self, block_tokens: int) -> BlockLayout:
+        """Return the layout of a block of any one group; all must be of one size."""
+        sizes = {(group.cache.layers, group.cache.page_bytes) for group in self.groups}
+        attention = [group for group in self.groups if not group.state_bytes]
+        odd = self.ranks != 1 or len(attention) != 1 or any(g.window_tokens for g in attention)
+        if odd or len(sizes) != 1:
+            kinds = [(g.state_bytes and "states", *g.places, g.window_tokens) for g in self.groups]
+            raise LayoutError(
+                f"groups: with states only one worker, one group of full attention and as many "
+                f"layers in each group are known, not {self.ranks} and {kinds}",
+                hint="run this model without the connector",
+            )
+        pages = {group.cache.page_tokens for group in self.groups}
+        if pages != {block_tokens}:
+            raise LayoutError(
+                f"block_tokens: {block_tokens} is not the engine's page of {min(pages)} tokens",
+                hint=f"set block_tokens to {min(pages)}: a model with states has them at ends of "
+                "pages only",
+            )
+        layers, page_bytes = sizes.pop()
+        return BlockLayout(
+            dimensions=(Dimension("byte", layers * page_bytes),),
+            dtype="uint8",
+            block_tokens=block_tokens,
+            writer=f"vllm-states-{self._digest()}",
+        )
+
     def _runs(self, pages: list[int]) -> Iterator[LayerRun]:
         at = {
             place: (index, number)
@@ -163,9 +207,11 @@ class GroupedCache:
 
     def _digest(self) -> str:
         """Return what tells layouts of unlike layers apart: each layer's own geometry."""
-        kinds = sorted(
+        kinds: list[tuple[object, str]] = sorted(
             (place, repr(replace(group.cache, layers=1)))
             for group in self.groups
             for place in group.places
         )
+        # Groups with states are in blocks of their own: which layers are together counts, too.
+        kinds += sorted((g.places, str(g.state_bytes)) for g in self.groups if self.state_groups)
         return sha256(repr(kinds).encode()).hexdigest()[:16]

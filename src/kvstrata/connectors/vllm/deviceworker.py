@@ -81,13 +81,18 @@ class DeviceWorker(WorkerHalf):
     ) -> None:
         """Remember; `platform` is made when the caches come, since vLLM sets its device later.
 
-        Raises LayoutError for workers that split the heads.
+        Raises LayoutError for several workers and for models with states.
         """
         super().__init__(cache, layout)
-        if cache.ranks != 1:
+        workers = cache.ranks * max(1, len(cache.stages))
+        if workers != 1:
             raise LayoutError(
-                f"tensor_parallel_size is {cache.ranks}: on a GPU one worker is served so far",
-                hint=f"set tensor_parallel_size to 1, or {_WITHOUT}",
+                f"{workers} workers: on a GPU one worker is served so far",
+                hint=f"set tensor_parallel_size and pipeline_parallel_size to 1, or {_WITHOUT}",
+            )
+        if cache.state_groups:
+            raise LayoutError(
+                "the model keeps states: on a GPU they are not served yet", hint=_WITHOUT
             )
         self._make_platform, self._copier_name = platform, copier
         self._platform: DevicePlatform | None = None
@@ -96,14 +101,18 @@ class DeviceWorker(WorkerHalf):
         self._retired: list[DeviceBlocks] = []
 
     def register(
-        self, caches: dict[str, torch.Tensor], layer_names: list[list[str]], rank: int
+        self,
+        caches: dict[str, torch.Tensor],
+        layer_names: list[list[str]],
+        rank: int,
+        stage: int = 0,
     ) -> None:
         """Take the caches, as on the CPU, and choose the copiers.
 
         Raises ConfigError where no copier works.
         """
         self._platform = self._make_platform()
-        super().register(caches, layer_names, rank)
+        super().register(caches, layer_names, rank, stage)
         log.warning(
             "kvstrata's copies to and from a GPU have been tested without one only: they have not "
             "run on hardware yet; device_copier=torch takes the reference copy"

@@ -26,13 +26,15 @@ _FP8_KINDS: Final = {
     "fp8_e5m2": "float8_e5m2",
 }
 _HINTS: Final = {
-    "MambaSpec": "states of Mamba and linear attention are not kept yet",
+    "MambaSpec": "of states only gated delta nets' (Qwen3-Next) are supported, in vLLM's mode "
+    "`align` (with prefix caching), in one worker, without drafts",
     "MLAAttentionSpec": "of MLA only plain latents of 16-bit floats, in one worker, are supported",
     "ChunkedLocalAttentionSpec": "chunked attention is not tested",
 }
 _KINDS: Final = frozenset({"FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"})
 _LATENT_DTYPES: Final = frozenset({None, "auto", "bfloat16", "float16"})
 _FP8_PER_TENSOR: Final = 1  # vLLM's KVQuantMode: constant scales, which come with the weights
+_STATES: Final = "GDN_ATTN"  # of the kinds that vLLM runs on a CPU, the one that was tested
 
 SPECULATION: Final = ("ngram",)
 """Ways of speculative decoding that keep no KV of drafts beside the model's own."""
@@ -61,6 +63,9 @@ def _group(config: VllmConfig, group: KVCacheGroupSpec, places: dict[str, int]) 
     spec: Any = group.kv_cache_spec
     cache_dtype = str(config.cache_config.cache_dtype)
     _refuse_group(group)
+    layers = tuple(places[name] for name in group.layer_names)
+    if type(spec).__name__ == "MambaSpec":
+        return _states(config, spec, layers)
     _refuse_spec(spec, cache_dtype)
     if _is_latent(spec):
         _refuse_latent(config, spec)
@@ -74,7 +79,42 @@ def _group(config: VllmConfig, group: KVCacheGroupSpec, places: dict[str, int]) 
         packing=_packing(config, spec),
     )
     window = spec.sliding_window if type(spec).__name__ == "SlidingWindowSpec" else 0
-    return LayerGroup(cache, tuple(places[name] for name in group.layer_names), window)
+    return LayerGroup(cache, layers, window)
+
+
+def _states(config: VllmConfig, spec: Any, layers: tuple[int, ...]) -> LayerGroup:
+    """Return a group of states; their shapes and types are in the name of their packing."""
+    from vllm.platforms import current_platform
+
+    page_tokens, page_bytes = spec.block_size, spec.page_size_bytes
+    ranks = config.parallel_config.tensor_parallel_size
+    odd = {
+        # In other modes a page is computed on in place, and nobody says when it is at a boundary.
+        "mamba_cache_mode": spec.mamba_cache_mode != "align" and spec.mamba_cache_mode,
+        "mamba_type": spec.mamba_type.name != _STATES and spec.mamba_type.name,
+        "num_speculative_blocks": spec.num_speculative_blocks,
+        "num_prefill_checkpoint_blocks": spec.num_prefill_checkpoint_blocks,
+        "tp_replicated": spec.tp_replicated,
+        "page_size_bytes": page_bytes % page_tokens and page_bytes,
+        "speculative_config": config.speculative_config is not None,
+        "tensor_parallel_size": ranks != 1 and ranks,
+    }
+    found = {name: value for name, value in odd.items() if value}
+    if found:
+        raise LayoutError(
+            f"the model's KV cache is MambaSpec with {found}, which kvstrata does not know",
+            hint=_HINTS["MambaSpec"] + "; run this model without the connector",
+        )
+    kind = (spec.mamba_type.name, spec.shapes, spec.dtypes, spec.num_heads)
+    cache = PagedCache(
+        layers=len(layers),
+        heads=1,
+        page_tokens=page_tokens,
+        channels=page_bytes // page_tokens,
+        dtype="uint8",
+        packing=f"state-{current_platform.device_type}-{kind!r}",
+    )
+    return LayerGroup(cache, layers, 0, spec.state_content_size_bytes)
 
 
 def _dtype(spec: Any, cache_dtype: str) -> str:

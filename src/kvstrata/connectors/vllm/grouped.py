@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstrata.connectors.vllm.metadata import PageCopy
+from kvstrata.connectors.vllm.states import load_states
 from kvstrata.layout import BlockLayout, GroupedCache
 from kvstrata.storage.arena import Arena
 
@@ -35,8 +36,11 @@ def load_copy(
     """Return what to copy into the pages of `tokens`, and the pages that no slot is there for.
 
     `tokens` begins and ends with a page of every group; `slots` has one for each block of the
-    request, from its first on, or fewer than `tokens` needs.
+    request, from its first on, or fewer than `tokens` needs. With states see `load_states`.
     """
+    if cache.state_groups:
+        blocks = range(tokens.start // block_tokens, tokens.stop // block_tokens)
+        return load_states(cache, tables, blocks, slots)
     copy, lost = PageCopy([], [], []), []
     for index, (group, table) in enumerate(zip(cache.groups, tables, strict=True)):
         size = group.cache.page_tokens
@@ -62,9 +66,14 @@ def save_copy(
     blocks: Sequence[int],
     slots: Sequence[int],
 ) -> PageCopy:
-    """Return what to copy from the pages of `blocks` into a slot each; all pages must be there."""
+    """Return what to copy from the pages of `blocks` into a slot each; all pages must be there.
+
+    States are not among them: they have slots of their own.
+    """
     copy = PageCopy([], [], [])
     for index, (group, table) in enumerate(zip(cache.groups, tables, strict=True)):
+        if group.state_bytes:
+            continue
         places = block_tokens // group.cache.page_tokens
         for block, slot in zip(blocks, slots, strict=True):
             pages = table[block * places : (block + 1) * places]
@@ -82,6 +91,8 @@ def first_complete(
 ) -> int:
     """Return the first block from `first` on behind which, up to `last`, no page is missing."""
     for group, table in zip(cache.groups, tables, strict=True):
+        if group.state_bytes:
+            continue
         places = block_tokens // group.cache.page_tokens
         pages = table[first * places : last * places]
         if _NULL_PAGE in pages:

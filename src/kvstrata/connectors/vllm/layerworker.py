@@ -12,6 +12,7 @@ from kvstrata.connectors.vllm.grouped import GroupedPages
 from kvstrata.connectors.vllm.layerwise import LayerCopies, LayerHooks
 from kvstrata.connectors.vllm.metadata import SaveJob, StepPlan
 from kvstrata.connectors.vllm.settings import ConnectorSettings
+from kvstrata.connectors.vllm.states import StatePages
 from kvstrata.connectors.vllm.worker import WorkerHalf
 from kvstrata.layout import BlockLayout, GroupedCache
 from kvstrata.storage.arena import Arena
@@ -35,10 +36,14 @@ class LayerwiseWorker(WorkerHalf):
         self._by_layers: list[SaveJob] = []  # saved, all layers of them
 
     def register(
-        self, caches: dict[str, torch.Tensor], layer_names: list[list[str]], rank: int
+        self,
+        caches: dict[str, torch.Tensor],
+        layer_names: list[list[str]],
+        rank: int,
+        stage: int = 0,
     ) -> None:
         """Take the caches of the only group; raises LayoutError unless they are as expected."""
-        super().register(caches, layer_names, rank)
+        super().register(caches, layer_names, rank, stage)
         (self._names,) = layer_names
         if self._settings.loading == "layerwise":
             self._hooks = LayerHooks(self._names)
@@ -103,7 +108,7 @@ class LayerwiseWorker(WorkerHalf):
 
     # -- private -------------------------------------------------------------------------------
 
-    def _copier(self, arena: Arena, held: BlockLayout) -> GroupedPages | BridgedPages:
+    def _copier(self, arena: Arena, held: BlockLayout) -> GroupedPages | BridgedPages | StatePages:
         blocks = super()._copier(arena, held)
         if isinstance(blocks, GroupedPages):
             ordered = [self._names[run.place] for run in self._cache.runs(held.block_tokens)]

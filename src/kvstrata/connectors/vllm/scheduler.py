@@ -29,6 +29,7 @@ from kvstrata.connectors.vllm.metadata import (
     WeightsReport,
 )
 from kvstrata.connectors.vllm.metrics import ConnectorStats, split_by_tier
+from kvstrata.connectors.vllm.states import chains, save_states
 from kvstrata.core.errors import CallRefusedError, DaemonError
 from kvstrata.core.ids import SequenceHash
 from kvstrata.layout import BlockLayout, GroupedCache
@@ -153,7 +154,8 @@ class SchedulerHalf:
         try:
             found = self.session.lookup(
                 tracked.name,
-                hashes,
+                chains(self._cache, hashes),
+                self._cache.windows,
                 prefill_tokens_per_s=self._prefill.tokens_per_s,
                 copy_bytes_per_s=self._copies.bytes_per_s,
             )
@@ -213,6 +215,7 @@ class SchedulerHalf:
                     break  # the call for an earlier request has lost it
                 if tracked and self._holds(tracked) and tracked.hints.store:
                     self._plan_save(plan, tracked, tokens, output)
+                    self._plan_states(plan, tracked, output)
         # Last, since a call above may have lost the session.
         if self.session.welcome:
             plan.epoch, plan.arena = self.session.epoch, self.session.welcome.arena
@@ -494,7 +497,8 @@ class SchedulerHalf:
             return [], [], {}
         hashes = tracked.hashes[: tracked.ready_blocks]
         try:
-            acquired = self.session.acquire(tracked.name, hashes)
+            keys = chains(self._cache, hashes)
+            acquired = self.session.acquire(tracked.name, keys, self._cache.windows)
         except DaemonError as error:
             self._note(error)
             return [], [], {}
@@ -538,6 +542,16 @@ class SchedulerHalf:
             plan.saves.append(
                 SaveJob(tracked.name, tracked.epoch, copy, reserved.slots, tracked.adapter)
             )
+
+    def _plan_states(self, plan: StepPlan, tracked: _Tracked, output: SchedulerOutput) -> None:
+        if not self._cache.state_groups:
+            return
+        tenant = self._tenant if tracked.hints.tenant is None else tracked.hints.tenant
+        size, cache = self._block_tokens, self._cache
+        try:
+            plan.saves.extend(save_states(self.session, cache, size, tracked, tenant, output))
+        except DaemonError as error:
+            self._note(error)
 
     def _release(self, tracked: Sequence[_Tracked]) -> None:
         held = [each for each in tracked if each.holding]

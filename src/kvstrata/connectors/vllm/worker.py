@@ -23,6 +23,7 @@ from kvstrata.connectors.vllm.geometry import FP8_TENSORS
 from kvstrata.connectors.vllm.grouped import GroupedPages
 from kvstrata.connectors.vllm.metadata import LoadJob, SaveJob, StepPlan, StepReport
 from kvstrata.connectors.vllm.stages import check_stage
+from kvstrata.connectors.vllm.states import StatePages, state_view
 from kvstrata.connectors.vllm.weights import WeightsWatch
 from kvstrata.core.errors import KvstrataError, LayoutError
 from kvstrata.layout import BlockLayout, Bridge, GroupedCache, PagedCache, page_view, rank_part
@@ -44,7 +45,7 @@ class WorkerHalf:
         self._held = range(0)  # which of the model's layers
         self._pages: list[list[NDArray[np.uint8]]] = []  # of each group
         self._arena: Arena | None = None
-        self._blocks: GroupedPages | BridgedPages | None = None
+        self._blocks: GroupedPages | BridgedPages | StatePages | None = None
         self._epoch = 0
         self._saved: StepPlan | None = None
         self._allowed = True  # by the weights, in this step
@@ -80,7 +81,12 @@ class WorkerHalf:
                 hint="this engine's KV layout is unknown to kvstrata; run without the connector",
             )
         self._pages = [
-            [self._taken(group.cache, name, caches[name]) for name in names]
+            [
+                state_view(group, name, caches[name])
+                if group.state_bytes
+                else self._taken(group.cache, name, caches[name])
+                for name in names
+            ]
             for group, names in zip(self._cache.groups, layer_names, strict=True)
         ]
         if len({len(pages) for layers in self._pages for pages in layers}) != 1:
@@ -162,8 +168,10 @@ class WorkerHalf:
         """Return one layer's pages, as `_copier` wants them."""
         return _view(cache, name, tensor)
 
-    def _copier(self, arena: Arena, held: BlockLayout) -> GroupedPages | BridgedPages:
+    def _copier(self, arena: Arena, held: BlockLayout) -> GroupedPages | BridgedPages | StatePages:
         """Return what copies between the engine's pages and blocks of the layout `held`."""
+        if self._cache.state_groups:
+            return StatePages(self._cache, held, self._pages, arena)
         if held == self._layout:
             return GroupedPages(self._cache, held, self._pages, arena, self._rank, self._held)
         log.info("kvstrata re-arranges blocks of %s", held.describe())
