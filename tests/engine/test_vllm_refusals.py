@@ -117,6 +117,23 @@ def test_untested_vllm_is_refused(engine_on, monkeypatch):
     assert "vLLM 0.99.1 is not a version" in said
 
 
+def test_media_are_refused_with_the_older_release(monkeypatch):
+    from types import SimpleNamespace
+
+    from kvstrata.connectors.vllm import releases
+
+    def config(media):
+        return SimpleNamespace(model_config=SimpleNamespace(is_multimodal_model=media))
+
+    monkeypatch.setattr(releases.vllm, "__version__", "0.31.0")
+    releases.refuse_untried(config(media=False))
+    with pytest.raises(LayoutError, match=r"not tried with vLLM 0\.31\.0") as caught:
+        releases.refuse_untried(config(media=True))
+    assert "use vLLM 0.32" in caught.value.hint
+    monkeypatch.setattr(releases.vllm, "__version__", "0.32.0")
+    releases.refuse_untried(config(media=True))
+
+
 # -- identity ----------------------------------------------------------------------------------
 
 

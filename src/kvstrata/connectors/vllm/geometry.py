@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import vllm
 
 from kvstrata.connectors.versions import refuse_untested
+from kvstrata.connectors.vllm.releases import refuse_untried
 from kvstrata.connectors.vllm.stages import staged_cache
 from kvstrata.core.errors import LayoutError
 from kvstrata.layout import GroupedCache, LayerGroup, PagedCache
@@ -46,6 +47,7 @@ def engine_cache(config: VllmConfig, kv_cache_config: KVCacheConfig) -> GroupedC
     Raises LayoutError for anything that this version does not know to be right.
     """
     refuse_untested("vllm", vllm.__version__)
+    refuse_untried(config)
     _refuse_parallel(config)
     groups = kv_cache_config.kv_cache_groups
     names = sorted((name for group in groups for name in group.layer_names), key=_layer_order)

@@ -1,5 +1,6 @@
-"""What the older of the tested vLLM lacks, imported only when the engine asks for it.
+"""What the older of the tested vLLM releases lacks, or was not tried with.
 
+* With 0.31 no model that takes media was run, so they are refused there.
 * 0.31 has no sources of hits by tier (`vllm.v1.metrics.cache_hit_source`) and never asks for them.
 * What KV events are made of has moved and grown from release to release.
 """
@@ -9,18 +10,33 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import vllm
+
+from kvstrata.connectors.versions import TESTED_VERSIONS
 from kvstrata.connectors.vllm.metrics import ConnectorStats
+from kvstrata.core.errors import LayoutError
 from kvstrata.layout import BlockLayout, GroupedCache
 from kvstrata.runtime.session import Session
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
     from kvstrata.connectors.vllm.events import TierEvents
 
-__all__ = ["hit_sources", "tier_events"]
+__all__ = ["hit_sources", "refuse_untried", "tier_events"]
 
 log = logging.getLogger("kvstrata.vllm")
+
+
+def refuse_untried(config: VllmConfig) -> None:
+    """Raise LayoutError for what was tried with the newest of the tested releases only."""
+    newest = TESTED_VERSIONS["vllm"].releases[-1]
+    if config.model_config.is_multimodal_model and not vllm.__version__.startswith(f"{newest}."):
+        raise LayoutError(
+            f"the model takes media, which were not tried with vLLM {vllm.__version__}",
+            hint=f"use vLLM {newest}, or run this model without the connector",
+        )
 
 
 def hit_sources(tokens: int, below: int) -> dict[CacheHitSource, int]:
