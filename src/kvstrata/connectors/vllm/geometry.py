@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import vllm
 
 from kvstrata.connectors.versions import refuse_untested
-from kvstrata.connectors.vllm.releases import refuse_untried
+from kvstrata.connectors.vllm.releases import is_newest, refuse_untried
 from kvstrata.connectors.vllm.stages import staged_cache
 from kvstrata.core.errors import LayoutError
 from kvstrata.layout import GroupedCache, LayerGroup, PagedCache
@@ -100,6 +100,7 @@ def _states(config: VllmConfig, spec: Any, layers: tuple[int, ...]) -> LayerGrou
         "page_size_bytes": page_bytes % page_tokens and page_bytes,
         "speculative_config": config.speculative_config is not None,
         "tensor_parallel_size": ranks != 1 and ranks,
+        "an untried vLLM": "" if is_newest() else vllm.__version__,
     }
     found = {name: value for name, value in odd.items() if value}
     if found:

@@ -1,6 +1,7 @@
 """What the older of the tested vLLM releases lacks, or was not tried with.
 
-* With 0.31 no model that takes media was run, so they are refused there.
+* With 0.31 no model that takes media or keeps states was run, nothing was moved layer by layer, and
+  `KvstrataTier` was not tried, so they are refused there.
 * 0.31 has no sources of hits by tier (`vllm.v1.metrics.cache_hit_source`) and never asks for them.
 * What KV events are made of has moved and grown from release to release.
 """
@@ -24,19 +25,27 @@ if TYPE_CHECKING:
 
     from kvstrata.connectors.vllm.events import TierEvents
 
-__all__ = ["hit_sources", "refuse_untried", "tier_events"]
+__all__ = ["hit_sources", "is_newest", "refuse_untried", "tier_events"]
 
 log = logging.getLogger("kvstrata.vllm")
 
 
+def is_newest() -> bool:
+    """Return whether this vLLM is of the newest of the tested releases."""
+    return str(vllm.__version__).startswith(f"{_newest()}.")
+
+
 def refuse_untried(config: VllmConfig) -> None:
-    """Raise LayoutError for what was tried with the newest of the tested releases only."""
-    newest = TESTED_VERSIONS["vllm"].releases[-1]
-    if config.model_config.is_multimodal_model and not vllm.__version__.startswith(f"{newest}."):
+    """Raise LayoutError for models that were tried with the newest of the tested releases only."""
+    if config.model_config.is_multimodal_model and not is_newest():
         raise LayoutError(
             f"the model takes media, which were not tried with vLLM {vllm.__version__}",
-            hint=f"use vLLM {newest}, or run this model without the connector",
+            hint=f"use vLLM {_newest()}, or run this model without the connector",
         )
+
+
+def _newest() -> str:
+    return TESTED_VERSIONS["vllm"].releases[-1]
 
 
 def hit_sources(tokens: int, below: int) -> dict[CacheHitSource, int]:

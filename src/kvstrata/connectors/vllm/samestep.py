@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvstrata.connectors.vllm.metadata import StepPlan, StepReport
 from kvstrata.connectors.vllm.metrics import split_by_tier
+from kvstrata.connectors.vllm.releases import is_newest
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import ConnectorSettings
 from kvstrata.core.errors import ConfigError
@@ -159,6 +160,7 @@ def refuse_layerwise(
     parallel = config.parallel_config
     kinds = {type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups}
     odd = {
+        "this release of vLLM": not is_newest(),
         "a device that is not the CPU": config.device_config.device_type != "cpu",
         "several cache groups or a sliding window": not cache.is_whole,
         "a cache other than full attention": kinds != {"FullAttentionSpec"},

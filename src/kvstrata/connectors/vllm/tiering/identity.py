@@ -16,6 +16,7 @@ import vllm
 
 from kvstrata.connectors.vllm.geometry import engine_cache
 from kvstrata.connectors.vllm.identity import vllm_namespace
+from kvstrata.connectors.vllm.releases import is_newest
 from kvstrata.connectors.vllm.settings import ConnectorSettings
 from kvstrata.core.errors import ConfigError, LayoutError
 from kvstrata.core.ids import LineageDigest
@@ -52,6 +53,7 @@ def refuse_unknown(config: VllmConfig, spec: OffloadingSpec) -> None:
         "a pooling model, whose parameters the hash leaves out": model.runner_type == "pooling",
         "enable_sleep_mode, which may change the weights": model.enable_sleep_mode,
         "weight_transfer_config, which changes the weights": config.weight_transfer_config,
+        f"vLLM {vllm.__version__}, with which it was not tried": not is_newest(),
         f"prefix_caching_hash_algo {algorithm}": algorithm not in _HASHES,
         "latent attention (MLA), which is not tried yet": model.use_mla,
         "more than one worker, which is not tried yet": spec.config.parallel.world_size != 1,
