@@ -306,8 +306,8 @@ def test_the_reference_copier_alone_carries_everything():
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def half_of(cache, kind, *, alone=True):
-    settings = of_vllm("settings").ConnectorSettings()
+def half_of(cache, kind, *, alone=True, copier="auto"):
+    settings = of_vllm("settings").ConnectorSettings(device_copier=copier)
     layout = cache.block_layout(BLOCK_TOKENS)
     return of_vllm("deviceworker").worker_half(cache, layout, settings, kind, alone=alone)
 
@@ -320,6 +320,8 @@ def test_on_a_cpu_the_worker_half_is_what_it_was():
 
 def test_what_is_not_proven_on_a_gpu_is_refused(caplog):
     split = GroupedCache((LayerGroup(PagedCache(2, 1, 2, 4, "float16", ranks=2), (0, 1)),))
+    with pytest.raises(ConfigError, match="not been run on one yet"):
+        half_of(ONE_GROUP, "cuda", copier=None)
     with pytest.raises(LayoutError, match="one worker"):
         half_of(split, "cuda")
     with pytest.raises(ConfigError, match="beside another connector"):

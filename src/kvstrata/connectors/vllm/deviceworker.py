@@ -45,6 +45,11 @@ def worker_half(
     """Return the worker half for devices of this kind; on a CPU that is `WorkerHalf` itself."""
     if kind != "cuda":
         return WorkerHalf(cache, layout)
+    if settings.device_copier is None:
+        raise ConfigError(
+            "kvstrata's copies to and from a GPU have not been run on one yet",
+            hint=f"set device_copier to auto to try them, or {_WITHOUT}",
+        )
     if not alone:  # another connector may spoil a step whose saves end only in a later one
         raise ConfigError(
             "connectors: on a GPU kvstrata does not work beside another connector yet",

@@ -16,7 +16,7 @@ from kvstrata.core.config import (
 from kvstrata.core.errors import ConfigError
 from kvstrata.core.tenants import TENANT_NAME_MAX
 from kvstrata.runtime.session import SessionLimits
-from kvstrata.transfer.cuda.choose import AUTO, check_copier_name
+from kvstrata.transfer.cuda.choose import check_copier_name
 
 __all__ = ["ConnectorSettings", "read_settings"]
 
@@ -58,9 +58,10 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """Longest wait of a forward pass for the layers of its loads (`loading: layerwise`)."""
     retry_interval_s: _Seconds = 1.0
     """Time between two attempts to reach a daemon that is gone."""
-    device_copier: str = AUTO
+    device_copier: str | None = None
     """What copies between a GPU and the host: auto tries all at start and takes the fastest that is
-    exact; batch, runs, triton, or torch, which is the reference. Not read where there is no GPU."""
+    exact; batch, runs, triton, or torch, which is the reference. On a GPU it must be said, since no
+    GPU has run this yet. Not read where there is no GPU."""
 
     def block_tokens_for(self, page_tokens: int) -> int:
         """Return the tokens in one block for an engine with pages of `page_tokens`."""
@@ -100,5 +101,6 @@ def read_settings(extra_config: Mapping[str, Any]) -> ConnectorSettings:
             f"kv_connector_extra_config: {error}",
             hint=f"known keys are {', '.join(ConnectorSettings.__struct_fields__)}",
         ) from error
-    check_copier_name(settings.device_copier)
+    if settings.device_copier is not None:
+        check_copier_name(settings.device_copier)
     return settings
