@@ -465,6 +465,11 @@ def test_a_first_look_comes_before_anything_is_computed():
     assert not guard.may_find()
     guard.reset()
     assert guard.may_find()
+    guard.reset()
+    guard.scheduled()  # a prompt without a whole block: nobody asked about it
+    layer.weight.data.fill_(3.0)
+    guard.scheduled()
+    assert not guard.may_store(), "its first tokens were computed before"
 
 
 def test_weights_that_cannot_be_seen_are_refused(engine_on, monkeypatch):
