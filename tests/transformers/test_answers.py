@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -376,3 +377,18 @@ def wait_idle(cache) -> None:
     from kvstrata.runtime.admin import wait_until_idle
 
     wait_until_idle(lambda: daemon_stats(cache), 30.0)
+
+
+def test_each_release_is_given_its_own_word_for_the_cache(tiny, llama, make_cache):
+    import torch
+
+    from kvstrata.connectors.transformers.eligibility import cache_word
+
+    cache, ids = make_cache(llama), tiny.ids(60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = tiny.answer(cache, ids)
+        past = cache.begin(ids)
+        assert torch.equal(tiny.answer(llama, ids, **{cache_word(llama): past}), first)
+    assert cache.statistics.loaded_tokens == 48
+    assert cache.statistics.unserved == {}

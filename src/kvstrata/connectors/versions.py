@@ -34,7 +34,10 @@ TESTED_VERSIONS: Final[Mapping[str, EngineReleases]] = MappingProxyType(
         "vllm": EngineReleases("vLLM", ("0.32",)),
         "sglang": EngineReleases("SGLang", ("0.5.23",)),
         "tensorrt-llm": EngineReleases("TensorRT-LLM", ()),
-        "transformers": EngineReleases("transformers", ("5.16", "5.17", "5.18", "5.19")),
+        "transformers": EngineReleases(
+            "transformers",
+            ("5.16", "5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23", "5.24"),
+        ),
     }
 )
 """Engine -> what its tests ran against."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import torch
 from transformers.cache_utils import DynamicCache
 
-from kvstrata.connectors.transformers.eligibility import refuse_model
+from kvstrata.connectors.transformers.eligibility import CACHE_WORDS, cache_word, refuse_model
 from kvstrata.connectors.transformers.identity import ModelWatch, model_namespace
 from kvstrata.connectors.transformers.prefixes import Geometry, Layers, Prefixes
 from kvstrata.core.config import BLOCK_TOKENS_DEFAULT, Limits, NodeConfig, parse_tiers
@@ -119,9 +119,10 @@ class Binding:
         """Tell a cache of ours what the model is about to compute."""
         del model
         named = dict(zip(self._parameters, arguments, strict=False)) | given
-        cache = named.get("past_key_values")
-        if getattr(cache, "binding", None) is self:
-            cache.note_forward(named)  # type: ignore[union-attr]
+        for cache in map(named.get, CACHE_WORDS):
+            if getattr(cache, "binding", None) is self:
+                cache.note_forward(named)  # type: ignore[union-attr]
+                return
 
     def _canary(self, whole: _Computed, tokens: list[int]) -> None:
         """Store a block and load it; it must be the same bits, and the model must go on with it.
@@ -176,7 +177,8 @@ def _compute(model: PreTrainedModel, tokens: list[int], layers: Layers | None = 
         cache.update(keys, values, number)
     ids = torch.tensor([tokens], device=model.device)
     with torch.no_grad():
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
+        given = {"input_ids": ids, cache_word(model): cache, "use_cache": True}
+        logits = model(**given).logits[0, -1]
     return _Computed(logits, [(layer.keys, layer.values) for layer in cache.layers])
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvstrata.connectors.transformers.binding import Binding, Settings
-from kvstrata.connectors.transformers.eligibility import unserved
+from kvstrata.connectors.transformers.eligibility import CACHE_WORDS, cache_word, unserved
 from kvstrata.connectors.transformers.prefixes import CacheStatistics
 from kvstrata.core.config import BLOCK_TOKENS_DEFAULT
 from kvstrata.core.errors import ConfigError
@@ -32,7 +32,7 @@ __all__ = ["KvstrataCache"]
 log = logging.getLogger("kvstrata.transformers")
 
 _KNOWN: Final = frozenset({
-    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache",
+    *CACHE_WORDS, "input_ids", "attention_mask", "position_ids", "use_cache",
     "logits_to_keep", "return_dict", "output_attentions", "output_hidden_states", "labels",
 })  # fmt: skip
 """Arguments of a forward that are looked at, or that do not change keys and values."""
@@ -129,7 +129,7 @@ class KvstrataCache(DynamicCache):  # type: ignore[misc]  # transformers is unty
             self._count(self.statistics.unserved, reason)
             return model.generate(input_ids, **options)
         try:
-            output = model.generate(input_ids, past_key_values=past, **options)
+            output = model.generate(input_ids, **{cache_word(model): past}, **options)
         except BaseException:
             self._open = False
             raise

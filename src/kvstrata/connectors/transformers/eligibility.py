@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,9 +17,13 @@ from kvstrata.core.errors import LayoutError
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
-__all__ = ["foreign_hooks", "refuse_model", "unserved"]
+__all__ = ["CACHE_WORDS", "cache_word", "foreign_hooks", "refuse_model", "unserved"]
 
-_OWN_WORDS: Final = ("assistant_model", "custom_generate", "inputs_embeds", "past_key_values")
+CACHE_WORDS: Final = ("cache", "past_key_values")
+"""What models call the argument that their cache comes in: the first from transformers 5.24 on,
+where the second is deprecated."""
+
+_OWN_WORDS: Final = ("assistant_model", "custom_generate", "inputs_embeds", *CACHE_WORDS)
 """Arguments of `generate` that are a cache, a loop or an input of the caller's own."""
 
 _OTHER_WAYS: Final = (
@@ -37,6 +42,12 @@ def refuse_model(model: PreTrainedModel) -> None:
     for holds, reason, hint in objections + _state_objections(model):
         if holds:
             raise LayoutError(f"{type(model).__name__}: {reason}", hint=hint)
+
+
+def cache_word(model: PreTrainedModel) -> str:
+    """Return what this model calls the argument that its cache comes in."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((word for word in CACHE_WORDS if word in parameters), CACHE_WORDS[-1])
 
 
 def foreign_hooks(model: PreTrainedModel) -> list[Any]:
