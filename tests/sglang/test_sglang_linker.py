@@ -136,7 +136,9 @@ def small(engine_on, common):
         yield running
 
 
-def test_a_new_engine_finds_every_page(linked, small, prompts, reference):
+def test_a_new_engine_finds_every_page(linked, small, common, prompts, reference):
+    linked.ask(prompts)
+    wait_saved(common)
     assert linked.process.poll() is None
     warm = small.ask(prompts)
     assert tokens(warm) == reference
