@@ -355,6 +355,17 @@ WARM = {"enforce_eager": False, "compilation_config": {"mode": 1, "backend": "ea
 """vLLM's CPU workers make room for what a stage is handed as they warm up; eager ones never do."""
 
 
+def test_stages_beside_another_connector_are_refused():
+    from kvstrata.connectors.vllm.stages import refuse_beside, staged_cache
+
+    first = GroupedCache((LayerGroup(replace(PAGED, layers=2), (0, 1)),))
+    refuse_beside(first, alone=False)
+    staged = staged_cache(_config(2), first)
+    refuse_beside(staged, alone=True)
+    with pytest.raises(LayoutError, match="with another connector; that was not tested"):
+        refuse_beside(staged, alone=False)
+
+
 def test_two_stages_load_what_one_wrote_and_what_they_wrote(engine_on, prompts, tmp_path):
     extra = {"tiers": f"host:64MiB,disk:{tmp_path}:64MiB"}
     with engine_on(extra) as engine:

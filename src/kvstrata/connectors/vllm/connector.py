@@ -34,6 +34,7 @@ from kvstrata.connectors.vllm.runner import calling_connector, calling_runner, p
 from kvstrata.connectors.vllm.samestep import SameStepScheduler, refuse_layerwise
 from kvstrata.connectors.vllm.scheduler import SchedulerHalf
 from kvstrata.connectors.vllm.settings import read_settings
+from kvstrata.connectors.vllm.stages import refuse_beside
 from kvstrata.connectors.vllm.weights import WeightsWatch
 from kvstrata.connectors.vllm.worker import WorkerHalf
 from kvstrata.core.errors import ConfigError
@@ -73,6 +74,7 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         settings = read_settings(self._kv_transfer_config.kv_connector_extra_config)
         cache = engine_cache(vllm_config, kv_cache_config)
         layout = cache.block_layout(settings.block_tokens_for(cache.page_tokens))
+        refuse_beside(cache, alone=self._parent is None)
         refuse_layerwise(settings, vllm_config, kv_cache_config, cache, alone=self._parent is None)
         self._scheduler: SchedulerHalf | None = None
         self._same_step: SameStepScheduler | None = None  # the scheduler half, if it is one

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvstrata.core.errors import LayoutError
 from kvstrata.layout import GroupedCache
@@ -18,7 +18,11 @@ from kvstrata.layout import GroupedCache
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["check_stage", "staged_cache"]
+__all__ = ["check_stage", "refuse_beside", "staged_cache"]
+
+_HINT: Final = (
+    "set pipeline_parallel_size to 1, use tensor_parallel_size, or run without the connector"
+)
 
 
 def staged_cache(config: VllmConfig, first: GroupedCache) -> GroupedCache:
@@ -56,6 +60,16 @@ def check_stage(cache: GroupedCache, stage: int, names: Iterable[str]) -> range:
     return held
 
 
+def refuse_beside(cache: GroupedCache, *, alone: bool) -> None:
+    """Raise LayoutError for pipeline stages where another connector runs beside us."""
+    if cache.stages and not alone:
+        raise LayoutError(
+            f"pipeline_parallel_size is {len(cache.stages)}, with another connector; that was not "
+            "tested",
+            hint=_HINT,
+        )
+
+
 def _refuse_odd(config: VllmConfig, first: GroupedCache) -> None:
     odd = {
         "several cache groups or a window": not first.is_whole,
@@ -69,6 +83,5 @@ def _refuse_odd(config: VllmConfig, first: GroupedCache) -> None:
         size = config.parallel_config.pipeline_parallel_size
         raise LayoutError(
             f"pipeline_parallel_size is {size}, with {', '.join(found)}; that was not tested",
-            hint="set pipeline_parallel_size to 1, use tensor_parallel_size, or run without the "
-            "connector",
+            hint=_HINT,
         )
