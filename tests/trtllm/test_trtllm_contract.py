@@ -198,3 +198,15 @@ class TestV2(EngineConnectorContract):
     def engine(self, start, sim, daemon_for, request):
         settings = {"address": daemon_for(f"v2, {request.param}")}
         return Script(start(manager="v2", groups=request.param, settings=settings), sim)
+
+
+def test_a_step_without_new_pages_may_be_told_without_its_groups(sim):
+    from kvstrata.connectors.trtllm.requests import Identity, Tracked
+
+    tracked = Tracked(1, "r", Identity(""), list(range(24)), 24)
+    pages = [[0, 1], [2, 3]]
+    first = sim.RequestData(1, list(range(24)), [], 0, 8, new_block_ids_by_layer_group=pages)
+    assert not tracked.note(first, new=True, groups=2)
+    assert not tracked.note(sim.RequestData(1, [], [], 8, 16), new=False, groups=2)
+    assert (tracked.pages, tracked.computed) == (pages, 24)
+    assert tracked.note(sim.RequestData(1, [], [9], 24, 0), new=False, groups=2)

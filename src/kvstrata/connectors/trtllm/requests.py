@@ -105,6 +105,8 @@ class Tracked:
         """Take what the engine says of the step; return what is wrong with it, empty if nothing."""
         told = [list(each) for each in getattr(data, "new_block_ids_by_layer_group", ())]
         told = told or [list(data.new_block_ids)]
+        if not new and told == [[]]:  # a step that needs no more pages, told without its groups
+            told = [[] for _ in range(groups)]
         if new:
             prompt, self.tokens = self.tokens[: self.prompt_tokens], list(data.new_tokens)
             self.pages, self.started = told, True
