@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from kit import SharedDaemon
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]  # three engines start first
 
@@ -47,41 +48,35 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("SGLANG")} | ours
 
 
-class Daemon:
-    """`kvstrata serve` at one address, that may be emptied or killed and started again."""
+class Daemon(SharedDaemon):
+    """`kvstrata serve` at one address, that may be emptied or killed and started again.
+
+    It offers all that it keeps: a tiny model computes so fast that a load may not be worth it.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.address = folder, f"ipc://{folder}/node.sock"
-        self.kept = 0
-        self.start()
+        self._at, self._kept = folder, 0
+        super().__init__(
+            folder,
+            tiers=self._tiers(),
+            limits={"weigh_costs": False},
+            environment=clean_environment(),
+        )
 
-    def start(self) -> None:
-        tiers = f"host:64MiB,disk:{self.folder / f'kv{self.kept}'}:64MiB"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvstrata.apps.cli.main", "serve", "--tiers", tiers,
-             "--address", self.address],
-            stderr=subprocess.PIPE, text=True, env=clean_environment(),
-        )  # fmt: skip
-        for line in self.process.stderr:
-            if "serves" in line:
-                return
-        raise AssertionError("the daemon did not start")
-
-    def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
-        self.process.stderr.close()
+    def _tiers(self) -> str:
+        return f"host:64MiB,disk:{self._at / f'kv{self._kept}'}:64MiB"
 
     def emptied(self) -> None:
         """Start over with nothing kept, and no layout."""
-        self.kill()
-        self.kept += 1
+        self.signal(signal.SIGKILL)
+        self._kept += 1
+        self.tiers = self._tiers()
         self.start()
 
     def killed(self) -> None:
         """Start over with what the disk has."""
         self.statistics()
-        self.kill()
+        self.signal(signal.SIGKILL)
         self.start()
 
     def sessions(self) -> int:
@@ -89,14 +84,6 @@ class Daemon:
 
         with AdminClient(self.address) as admin:
             return admin.stats()["sessions"]
-
-    def statistics(self) -> dict:
-        """Return the daemon's statistics once everything stored has reached the disk."""
-        from kvstrata.runtime.admin import AdminClient
-
-        with AdminClient(self.address) as admin:
-            admin.wait_idle(30)
-            return admin.stats()["node"]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +94,7 @@ def shared():
     folder = Path(tempfile.mkdtemp(prefix="kv"))  # a socket's path must be short
     daemon = Daemon(folder)
     yield daemon
-    daemon.kill()
+    daemon.close()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -288,8 +275,8 @@ def test_blocks_of_one_engine_continue_in_the_others(engines, cold, shared, prom
         shared.killed()  # the reader is the first to say hello, over the writer's disk
         tokens, loaded = engines[reader].ask(prompts)
         assert tokens == cold[reader], f"{reader} goes on where {writer} was"
-        assert loaded == WHOLE, reader
         node = shared.statistics()
+        assert loaded == WHOLE, (reader, node["counters"])
         assert node["layout"].startswith(LAYOUTS[writer]), "the disk's layout is the daemon's"
         assert node["counters"]["corrupt_blocks"] == 0
     tokens, loaded = engines[reader].ask(prompts)
