@@ -168,6 +168,8 @@ class StateScript(Script):
             tuple(tuple(KVCacheBlock(page) for page in table) for table in self._pages[name])
         )
         self._leader.update_state_after_alloc(self._requests[name], blocks, external_tokens)
+        if external_tokens:
+            self._loading[name] = external_tokens
 
     def plan(self, computed):
         if not computed:
@@ -240,7 +242,7 @@ def daemon_at(tmp_path_factory):
     return start
 
 
-@pytest.fixture(scope="module", params=["llama", "deepseek"])
+@pytest.fixture(scope="class", params=["llama", "deepseek"])
 def script(request, engine_on, daemon_at):
     """The halves of one engine, which has run: its worker is registered and known."""
     import torch
@@ -257,7 +259,7 @@ def script(request, engine_on, daemon_at):
             yield Script(running)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")  # a process has room for one engine at a time
 def state_script(engine_on, daemon_at, tmp_path_factory):
     """The same, with states."""
     model = write_qwen3_next(tmp_path_factory.mktemp("qwen"))
