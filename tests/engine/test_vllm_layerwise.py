@@ -491,11 +491,11 @@ def test_blocks_that_are_lost_before_they_are_held(
     session = type(kept_engine.connector._scheduler.session)
     real_acquire, struck = session.acquire, []
 
-    def acquire(self, name, hashes):
+    def acquire(self, name, hashes, windows):
         if struck:
-            return real_acquire(self, name, hashes)
+            return real_acquire(self, name, hashes, windows)
         struck.append(name)
-        return real_acquire(self, name, hashes[:2])
+        return real_acquire(self, name, hashes[:2], windows)
 
     with monkeypatch.context() as patch:
         patch.setattr(session, "acquire", acquire)

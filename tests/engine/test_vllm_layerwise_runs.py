@@ -177,11 +177,13 @@ def _refuse(loading="layerwise", saving="blocks", *, spec=None, whole=True, alon
         "cache_config.cache_dtype": "auto",
         "model_config.is_multimodal_model": False,
         "model_config.quantization": None,
+        "device_config.device_type": "cpu",
     }
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(),
         cache_config=SimpleNamespace(),
         model_config=SimpleNamespace(),
+        device_config=SimpleNamespace(),
     )
     for name, value in (proven | changed).items():
         owner, _, field = name.rpartition(".")
@@ -211,6 +213,7 @@ def _refuse(loading="layerwise", saving="blocks", *, spec=None, whole=True, alon
         ({"max_concurrent_batches": 2}, "asynchronous scheduling"),
         ({"use_v2_model_runner": True}, "vLLM's second model runner"),
         ({"model_config.quantization": "awq"}, "quantised weights"),
+        ({"device_config.device_type": "cuda"}, "a device that is not the CPU"),
     ],
 )
 def test_engines_that_are_not_proven_are_refused(changed, said):
