@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvstrata.core.config import NodeConfig, parse_tiers
+from kvstrata.core.config import Limits, NodeConfig, parse_tiers
 from kvstrata.core.errors import LayoutError
 from kvstrata.layout import GroupedCache, LayerGroup, PagedCache
 from kvstrata.runtime.admin import AdminClient
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.engine
 PAGE_TOKENS, PAGES, BLOCK_TOKENS, RANKS = 4, 2, 8, 2
 PAGED = PagedCache(3, 2, PAGE_TOKENS, 8, "float32", ranks=RANKS)
 STAGES = (range(2), range(2, 3))
+UNWEIGHED = Limits(weigh_costs=False)  # a script computes in no time
 CACHE = GroupedCache((LayerGroup(PAGED, (0, 1, 2)),), STAGES)
 
 
@@ -31,6 +32,7 @@ class Shards:
     """
 
     block_tokens = BLOCK_TOKENS
+    places = 12
 
     def __init__(self, workers=None):
         import torch
@@ -40,16 +42,16 @@ class Shards:
 
         layout = CACHE.block_layout(BLOCK_TOKENS)
         space = Namespace("m", "w", "n", "float32", layout.geometry, BLOCK_TOKENS)
-        self.session = Session(NodeConfig(parse_tiers("host:1MiB"), None), layout, space)
+        self.session = Session(NodeConfig(parse_tiers("host:1MiB"), None, UNWEIGHED), layout, space)
         self.session.open()
         self.leader = SchedulerHalf(self.session, CACHE, layout, enabled=True)
         self.workers, self.caches, self.broken = {}, {}, set()
-        self.requests, self.pages = {}, {}
+        self.requests, self.pages, self.loading = {}, {}, {}
         for stage, layers in enumerate(STAGES):
             for rank in range(RANKS):
                 worker = WorkerHalf(CACHE, layout)
                 names = [f"model.layers.{layer}.self_attn.attn" for layer in layers]
-                caches = {name: torch.zeros(2 * 9, 2, PAGE_TOKENS, 8) for name in names}
+                caches = {name: torch.zeros(2 * 13, 2, PAGE_TOKENS, 8) for name in names}
                 worker.register(caches, [names], rank, stage)
                 self.workers[stage, rank] = worker
                 self.caches[stage, rank] = list(caches.values())
@@ -82,6 +84,8 @@ class Shards:
         self.pages[name] = pages
         blocks = SimpleNamespace(get_block_ids=lambda: (pages,))
         self.leader.allocated(self.requests[name], blocks, external_tokens)
+        if external_tokens:
+            self.loading[name] = external_tokens
 
     def plan(self, computed):
         from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
@@ -120,11 +124,20 @@ class Shards:
         if report is None:
             return set()
         self.leader.take_report(report)
+        for name in report.loaded:
+            self.requests[name].num_computed_tokens = self.loading.pop(name)
         return set(report.loaded)
 
     def finish(self, name):
         self.leader.finished(self.requests[name])
         return False
+
+    def preempt(self, name):
+        self.requests[name].num_computed_tokens = 0
+        self.pages.pop(name)
+
+    def reset(self):
+        assert self.leader.clear(clean=True)
 
     def fill(self, place, seed):
         import torch
