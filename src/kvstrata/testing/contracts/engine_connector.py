@@ -251,7 +251,6 @@ class EngineConnectorContract:
         @settings(
             max_examples=self.lives,
             deadline=None,
-            derandomize=True,  # the same lives in each run; searching for others is its own task
             suppress_health_check=list(HealthCheck),
             # Lives that wait in vain take seconds, and shrinking lives many of them.
             phases=(Phase.explicit, Phase.reuse, Phase.generate),
