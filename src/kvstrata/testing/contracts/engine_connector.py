@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Final, Protocol
+from collections.abc import Sequence
+from typing import Any, ClassVar, Final
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from kvstrata.testing.contracts.engine_lives import EVENTS, Life
+from kvstrata.testing.contracts.engine_lives import EVENTS, Life, ScriptedEngine
 
 __all__ = ["CAPABILITIES", "EngineConnectorContract", "ScriptedEngine"]
 
@@ -42,55 +42,6 @@ tests/unit/test_engine_laws.py has the list of who lacks what.
     resets            an engine may have every kept block forgotten
     separate_loads    a request is loaded in one step and computed in later ones
 """
-
-
-class ScriptedEngine(Protocol):
-    """A connector's two halves over a daemon with room, driven by hand.
-
-    A *place* is room for one block in the engine's device memory; there are eight or more.
-    Requests are known by names, each used once.
-    """
-
-    block_tokens: int
-    """Tokens in one block."""
-    places: int
-    """How many places there are."""
-
-    def begin(self, name: str, tokens: Sequence[int]) -> None:
-        """Let a request with this prompt arrive at the scheduler."""
-
-    def matched(self, name: str, computed_tokens: int = 0) -> int:
-        """Ask the leader how many tokens behind the computed ones it can load, until it says."""
-
-    def allocate(self, name: str, places: Sequence[int], external_tokens: int) -> None:
-        """Tell the leader which places hold the request's blocks, root first."""
-
-    def plan(self, computed: Mapping[str, int]) -> Any:
-        """Return the leader's plan for a step that computes so many tokens of each request."""
-
-    def work(self, plan: Any) -> Any:
-        """Let the worker carry out a plan; return what it reports."""
-
-    def report(self, report: Any) -> set[str]:
-        """Bring the worker's report to the leader; return the requests whose load has ended."""
-
-    def finish(self, name: str) -> bool:
-        """End a request; True if its places are still needed until the worker has reported."""
-
-    def preempt(self, name: str) -> None:
-        """Take a request's places, between two steps; it asks anew. For those with `preempts`."""
-
-    def reset(self) -> None:
-        """Have every kept block forgotten. For those with `resets`."""
-
-    def fill(self, place: int, seed: int) -> None:
-        """Write bytes into a place that only this seed makes, as computing would."""
-
-    def read(self, place: int) -> bytes:
-        """Return the bytes of a place."""
-
-    def held_slots(self) -> int:
-        """Return how many of the daemon's slots are held: being filled, or pinned."""
 
 
 class EngineConnectorContract:

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from hypothesis import strategies as st
 
-__all__ = ["EVENTS", "Life", "LivingEngine"]
+__all__ = ["EVENTS", "Life", "ScriptedEngine"]
 
 Event: TypeAlias = tuple[Any, ...]
 
@@ -50,46 +50,53 @@ EVENTS: Final = st.lists(
 """Lives: lists of events, each a name and its choices."""
 
 
-class LivingEngine(Protocol):
-    """What a life asks of a `ScriptedEngine`, which has more."""
+class ScriptedEngine(Protocol):
+    """A connector's two halves over a daemon with room, driven by hand.
+
+    A *place* is room for one block in the engine's device memory; there are eight or more.
+    Requests are known by names, each used once.
+    """
 
     block_tokens: int
     """Tokens in one block."""
     places: int
-    """Places for a block: 8 or more."""
+    """How many places there are."""
 
     def begin(self, name: str, tokens: Sequence[int]) -> None:
-        """Let a request arrive."""
+        """Let a request with this prompt arrive at the scheduler."""
 
     def matched(self, name: str, computed_tokens: int = 0) -> int:
-        """Return how many tokens can be loaded."""
+        """Ask the leader how many tokens behind the computed ones it can load, until it says."""
 
     def allocate(self, name: str, places: Sequence[int], external_tokens: int) -> None:
-        """Tell which places hold the request's blocks."""
+        """Tell the leader which places hold the request's blocks, root first."""
 
     def plan(self, computed: Mapping[str, int]) -> Any:
-        """Return the plan of a step."""
+        """Return the leader's plan for a step that computes so many tokens of each request."""
 
     def work(self, plan: Any) -> Any:
-        """Carry out a plan; return its report."""
+        """Let the worker carry out a plan; return what it reports."""
 
     def report(self, report: Any) -> set[str]:
-        """Bring a report; return whose load has ended."""
+        """Bring the worker's report to the leader; return the requests whose load has ended."""
 
     def finish(self, name: str) -> bool:
-        """End a request; True if its places are still needed."""
+        """End a request; True if its places are still needed until the worker has reported."""
 
     def preempt(self, name: str) -> None:
-        """Take a request's places; it will ask anew. Asked only with `preempts`."""
+        """Take a request's places, between two steps; it asks anew. For those with `preempts`."""
 
     def reset(self) -> None:
-        """Forget every kept block. Asked only with `resets`."""
+        """Have every kept block forgotten. For those with `resets`."""
 
     def fill(self, place: int, seed: int) -> None:
-        """Compute a block."""
+        """Write bytes into a place that only this seed makes, as computing would."""
 
     def read(self, place: int) -> bytes:
         """Return the bytes of a place."""
+
+    def held_slots(self) -> int:
+        """Return how many of the daemon's slots are held: being filled, or pinned."""
 
 
 @dataclass(slots=True)
@@ -106,7 +113,7 @@ class _Request:
 class Life:
     """One life; the blocks of each begin with tokens of its own."""
 
-    def __init__(self, engine: LivingEngine, capabilities: frozenset[str], number: int) -> None:
+    def __init__(self, engine: ScriptedEngine, capabilities: frozenset[str], number: int) -> None:
         """`number` is this life's own among all of the engine's."""
         self._engine, self._capabilities = engine, capabilities
         self._number, self._names = number, 0
