@@ -234,6 +234,7 @@ MUTANTS = (
     Mutant("loaded before the load ended", "connectors/trtllm/worker.py", "if not self._desk.loading(each)]", "if True]"),
     Mutant("saved before the save ended", "connectors/trtllm/worker.py", "[each for each in self._waiting_saved if not self._desk.busy(each)]", "list(self._waiting_saved)"),
     Mutant("a load goes on after a reset", "connectors/trtllm/keeper.py", "            self._desk.mover.cancel(request)\n", "            pass\n"),
+    Mutant("keep what was copied after the pages were given away", "connectors/trtllm/keeper.py", "        self._saver.void(request)\n", "        pass\n"),
     Mutant("offer the last token", "connectors/trtllm/keeper.py", "(len(tracked.tokens) - 1) // size", "len(tracked.tokens) // size"),
     Mutant("a page may be negative", "connectors/trtllm/pages.py", "0 <= page < self.count(group)", "page < self.count(group)"),
 )  # fmt: skip

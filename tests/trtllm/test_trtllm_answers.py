@@ -209,6 +209,29 @@ def test_a_preempted_request_starts_anew(start, sim, world, reset, held):
         warm.close()
 
 
+def test_a_copy_that_ended_after_its_pages_were_given_away_is_not_kept(start, sim, world):
+    """The engine tells of a reset when others have the pages; the copy has read theirs by then."""
+    engine = start(manager="v2", step_tokens=6, pages=30, reuse=False)
+    request = engine.submit(sim.Request(1, prompt(40), 6))
+    while request.position < 30:
+        engine.step()
+    engine.scheduler._keeper._settle()
+    with copies_held(engine):
+        engine.step()
+        engine._drop_pages(request)  # and noise is in them
+    until = time.monotonic() + 10
+    while engine.scheduler._desk._open and time.monotonic() < until:
+        time.sleep(0.001)
+    unsaved = engine.scheduler.statistics.unsaved_blocks
+    engine.scheduler.request_reset(request)
+    assert engine.scheduler.statistics.unsaved_blocks > unsaved
+    engine.told.pop(1)
+    request.start_anew()
+    engine.run()
+    assert request.answer == world.answer(request.prompt, 6)
+    engine.close()
+
+
 @pytest.mark.parametrize("bad", [-1, 10**6, 40])
 def test_a_page_that_does_not_exist_is_never_touched(start, sim, world, bad):
     cold = start(manager="v2", pages=40)

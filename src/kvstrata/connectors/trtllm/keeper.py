@@ -170,11 +170,13 @@ class Keeper:
 
     def reset(self, request: int) -> None:
         """Forget a request whose pages now belong to others: nothing of it may go on."""
+        # Before any report is taken: a copy that is over by now may have read what the next owner
+        # wrote there, since the engine tells us after it gave the pages away.
+        self._saver.void(request)
         if self._desk.mover:
             self._desk.mover.cancel(request)
         self._settle()
         tracked = self._requests.pop(request, None)
-        self._saver.void(request)
         if tracked:
             self._drop_offer(tracked)
             self._line.release(tracked)
