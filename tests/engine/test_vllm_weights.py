@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -98,26 +99,31 @@ def test_what_a_step_without_work_saw_is_told():
     from kvstrata.layout import GroupedCache, LayerGroup, PagedCache
 
     cache = GroupedCache((LayerGroup(PagedCache(1, 1, 32, 8, "float32"), (0,)),))
-    half, parameter = WorkerHalf(cache, cache.block_layout(64)), torch.zeros(4)
-    half.weights = WeightsWatch(Model(parameter))
-    parameter += 1.0
+    half, parameter = WorkerHalf(cache, cache.block_layout(64)), torch.nn.Parameter(torch.zeros(4))
+    half.weights = WeightsWatch(model_of(parameter))
+    parameter.data += 1.0
     half.load(StepPlan(resets=1))
     assert half.take_report().weights == WeightsReport.RENEWED
     half.load(StepPlan(resets=1, renewals=1))
     assert half.take_report() is None
 
 
-class Model:
-    """Parameters, and a `load_weights` that changes nothing."""
+def model_of(*parameters):
+    """A model with parameters, a part with one more, and a `load_weights` that changes nothing."""
+    import torch
 
-    def __init__(self, *parameters):
-        self.kept = list(parameters)
+    model = torch.nn.Module()
+    model.kept = torch.nn.ParameterList(parameters)
+    model.part = torch.nn.Linear(2, 2, bias=False)
+    model.load_weights = set
+    return model
 
-    def parameters(self):
-        return iter(self.kept)
 
-    def load_weights(self, weights):
-        return set(weights)
+def replaced_where_it_lay(model):
+    """Another parameter at the same address, never written to: only its identity is new."""
+    import torch
+
+    model.kept[0] = torch.nn.Parameter(model.kept[0].data)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +133,10 @@ class Model:
         lambda model: model.kept[2].data.mul_(1.001),
         lambda model: setattr(model.kept[0], "data", model.kept[0].data.clone()),
         lambda model: model.load_weights(["a"]),
+        replaced_where_it_lay,
+        lambda model: setattr(model, "part", copy.deepcopy(model.part)),
     ],
-    ids=["one row", "in place", "elsewhere", "load_weights"],
+    ids=["one row", "in place", "elsewhere", "load_weights", "replaced", "part replaced"],
 )
 def test_what_is_noticed(change):
     import torch
@@ -136,7 +144,7 @@ def test_what_is_noticed(change):
     from kvstrata.connectors.vllm.metadata import LoadJob, PageCopy, StepPlan, WeightsReport
     from kvstrata.connectors.vllm.weights import WeightsWatch
 
-    model = Model(
+    model = model_of(
         torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16)),
         torch.nn.Parameter(torch.zeros(8, 32)),
         torch.nn.Parameter(torch.rand(4, 4)),

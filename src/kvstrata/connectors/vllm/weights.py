@@ -13,7 +13,9 @@ weights that are in the files.
 from __future__ import annotations
 
 import logging
-from typing import Any, Final
+import weakref
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -27,18 +29,35 @@ _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 1024
 
 
+class _Slot(NamedTuple):
+    """A place of a model that holds a parameter or a module, and what it held.
+
+    Held weakly: weights that were replaced are not to stay in the GPU's memory because of us.
+    """
+
+    table: dict[str, Any]
+    name: str
+    known: weakref.ref[Any]
+
+    def kept(self) -> bool:
+        """Return whether it holds what it held."""
+        return self.table.get(self.name) is self.known()
+
+
 class WeightsEye:
     """What can be seen of a model's weights from the process that has them.
 
-    It notices calls of the model's `load_weights`, parameters that were put elsewhere or written
-    through autograd, and, where they are in the host's memory, other bytes in a sample of them.
+    It notices calls of the model's `load_weights`, parameters and modules that were replaced,
+    parameters that were put elsewhere or written through autograd, and, where they are in the
+    host's memory, other bytes in a sample of them.
     """
 
     def __init__(self, model: Any) -> None:
-        """Listen and look at `model` from now on."""
-        self._loads = 0
+        """Listen and look at `model`, a `torch.nn.Module`, from now on."""
+        self._model = model
+        self._loads = self._replaced = 0
         self._listen(model)
-        self._parameters = [each for each in model.parameters() if each.numel()]
+        self._slots = list(_slots(model))
 
     def _listen(self, model: Any) -> None:
         """Count calls of `load_weights`: most ways to new weights end there."""
@@ -53,14 +72,22 @@ class WeightsEye:
     @property
     def sees(self) -> bool:
         """Whether there is anything to look at."""
-        return bool(self._parameters)
+        return bool(self._parameters())
 
     def look(self) -> tuple[Any, ...]:
         """Return what is seen now; it compares unequal once the weights have changed."""
-        every = max(1, len(self._parameters) // _SAMPLES)
-        places = [(each.data_ptr(), each._version) for each in self._parameters]  # noqa: SLF001
-        samples = [_middle(each) for each in self._parameters[::every] if each.device.type == "cpu"]
-        return self._loads, places, samples
+        if not all(slot.kept() for slot in self._slots):
+            self._replaced += 1  # another parameter may lie where the one before lay
+            self._slots = list(_slots(self._model))
+        parameters = self._parameters()
+        every = max(1, len(parameters) // _SAMPLES)
+        places = [(each.data_ptr(), each._version) for each in parameters]  # noqa: SLF001
+        samples = [_middle(each) for each in parameters[::every] if each.device.type == "cpu"]
+        return self._loads, self._replaced, places, samples
+
+    def _parameters(self) -> list[torch.Tensor]:
+        held = [slot.known() for slot in self._slots]
+        return [each for each in held if isinstance(each, torch.Tensor) and each.numel()]
 
 
 class WeightsWatch:
@@ -102,6 +129,15 @@ class WeightsWatch:
     def allows(self, plan: StepPlan) -> bool:
         """Return whether the jobs of a plan were made for the weights that the model has."""
         return not self._stale and plan.renewals == self._renewals
+
+
+def _slots(model: Any) -> Iterator[_Slot]:
+    """Yield each place of a parameter and of a module; what is shared has several."""
+    for module in model.modules():
+        for table in (module._parameters, module._modules):  # noqa: SLF001  # no copy is as quick
+            for name, held in table.items():
+                if held is not None:
+                    yield _Slot(table, name, weakref.ref(held))
 
 
 def _middle(parameter: torch.Tensor) -> bytes:
