@@ -228,6 +228,8 @@ MUTANTS = (
     Mutant("save the last token", "connectors/trtllm/requests.py", "len(self.tokens) - 1)\n        return True\n", "len(self.tokens))\n        return True\n"),
     Mutant("leave out the adapter", "connectors/trtllm/requests.py", "        extra = self.identity.extra\n", '        extra = b""\n'),
     Mutant("an adapter's number is a name everywhere", "connectors/trtllm/requests.py", "_RUN + str(adapter)", 'b"" + str(adapter)'),
+    Mutant("tenants have one key", "tokens/namespace.py", '*([("tenant", tenant)] if tenant else [])', "*[]"),
+    Mutant("tenants share always", "runtime/messages.py", '"" if self.share_tenants else tenant\n        return salted_key', '""\n        return salted_key'),
     Mutant("a key without the salt", "connectors/trtllm/lines.py", "self._key(tracked.identity.salt)", 'self._key("")'),
     Mutant("offer what was not verified", "connectors/trtllm/lines.py", "            if generations[slot] != promised:\n                break\n", "            pass\n"),
     Mutant("carry out an old plan again", "connectors/trtllm/worker.py", "        loads, self._loads = self._loads, []\n", "        loads = list(self._loads)\n"),

@@ -43,11 +43,19 @@ def test_what_is_asked_is_read(hints) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [7, {"retention": 3}, {"retention": [{"priority": "high"}]}, {"retention": [{"ttl_s": -1}]},
-     {"stor": True}, {"retention": [{}] * 1025}, {"retention": [{"start": 5, "end": 2}]},
-     {"tenant": 3}, {"tenant": "n" * 257}],
+     {"stor": True}, {"retention": [{}] * 1025}, {"retention": [{"start": 5, "end": 2}]}],
 )  # fmt: skip
 def test_a_wrong_hint_is_logged_and_ignored(wrong, hints, caplog) -> None:
     assert hints.read_hints({"kvstrata": wrong}) == hints.RequestHints()
+    assert "is ignored" in caplog.text
+    if isinstance(wrong, dict):
+        theirs = hints.read_hints({"kvstrata": wrong | {"tenant": "team"}})
+        assert theirs == hints.RequestHints(tenant="team")
+
+
+@pytest.mark.parametrize("wrong", [{"tenant": 3}, {"tenant": "n" * 257}, {"tenant": ["a"]}])
+def test_a_request_whose_tenant_cannot_be_read_is_nobodys(wrong, hints, caplog) -> None:
+    assert hints.read_hints({"kvstrata": wrong}) is None
     assert "is ignored" in caplog.text
 
 
@@ -85,13 +93,21 @@ def test_requests_say_how_long_they_are_kept(engine_on, prompts, reference, capl
         assert ask() == 256  # the wrong hint cost nothing
 
 
-def test_requests_say_who_is_charged(engine_on, prompts, reference):
+def test_requests_say_whose_they_are(engine_on, prompts, reference):
     with engine_on({"tiers": "host:64MiB", "tenant": "house"}) as engine:
-        for index, hints in ((2, {"tenant": "guest"}), (1, {})):
+
+        def ask(index, **hints):
             (answer,) = engine.ask([prompts[index]], sampling=asking(**hints))
+            engine.forget()
             assert answer.tokens == reference[index]
+            return answer.tokens_from["host"]
+
+        assert ask(2, tenant="guest") == 0
+        assert ask(2) == ask(2, tenant="other") == 0, "they are the guest's"
+        assert ask(2, tenant=7) == 0, "nobody knows whose it is"
+        assert ask(2, tenant="guest") == ask(2, tenant="house") == ask(2) == 256
         with AdminClient(engine.connector.daemon_address) as admin:
             rows = admin.stats()["node"]["tenants"]
         held = {each["tenant"]: each["slots"] for each in rows}
-        assert held.keys() == {"guest", "house"}
+        assert held.keys() == {"guest", "house", "other"}
         assert held["guest"] == {"host": 4}  # as many full blocks as the prompt has

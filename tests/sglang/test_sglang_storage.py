@@ -91,6 +91,19 @@ def attach(sglang_arguments, daemon, storage_config):
         storage.close()
 
 
+def test_tenants_share_nothing(attach, daemon):
+    pool = make_pool()
+    fill(pool)
+    keys, indices = keys_of(6, 3), pool.alloc(3 * PAGE_TOKENS)
+    one, other, nobody = (
+        attach(pool, {"address": daemon.address, "tenant": name}) for name in ("a", "b", "")
+    )
+    assert one.batch_set_v1(keys, indices) == [True] * 3
+    assert [each.batch_exists(keys) for each in (one, other, nobody)] == [3, 0, 0]
+    assert other.batch_set_v1(keys, indices) == [True] * 3
+    assert [each.batch_exists(keys) for each in (one, other, nobody)] == [3, 3, 0]
+
+
 KINDS = [
     ("heads", order, dtype)
     for order in ("layer_first", "page_first", "page_first_direct")

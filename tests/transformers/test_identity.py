@@ -66,6 +66,8 @@ def test_salts_and_tenants_by_call(tiny, llama, make_cache):
     _use(tiny, cache, ids)
     assert cache.statistics.loaded_tokens == 0
     tiny.answer(cache, ids, salt="two")
+    assert cache.statistics.loaded_tokens == 0, "that salt has only been another tenant's"
+    tiny.answer(cache, ids, salt="two", tenant="tenant-two")
     assert cache.statistics.loaded_tokens == 64
     from kvstrata.runtime.admin import AdminClient
 

@@ -80,6 +80,19 @@ def test_salts_and_adapters_share_nothing(start, sim, world, kind):
         assert each.answer == world.answer(each.prompt, 2, each.lora_task_id)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tenants_share_nothing(start, sim, world, kind):
+    found = {}
+    for name in ("a", "b", "", "a"):
+        engine = start(**kind, settings={"tenant": name})
+        request = sim.Request(1, prompt(30), 2)
+        engine.run(request)
+        assert request.answer == world.answer(request.prompt, 2)
+        found.setdefault(name, []).append(request.external)
+        engine.close()
+    assert found == {"a": [0, 24], "b": [0], "": [0]}
+
+
 def test_an_adapter_without_a_name_is_found_in_this_process_alone(start, sim, monkeypatch):
     from kvstrata.connectors.trtllm import requests
 

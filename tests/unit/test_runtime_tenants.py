@@ -43,8 +43,28 @@ def test_a_tenant_comes_back_to_its_guarantee(serve, connect, make_blocks) -> No
     }
 
 
-def test_tenants_of_one_salt_share_blocks_and_the_first_is_charged(serve, connect, make_blocks):
+@pytest.mark.parametrize("salts", [("", ""), ("a", "a"), ("", "b"), ("b", "")])
+def test_a_tenant_finds_nothing_of_another(serve, connect, make_blocks, salts):
     daemon = serve()
+    tokens, blocks = make_blocks(1, 3)
+    first, second, nobody = (
+        connect(address=daemon.address, tenant=name, salt=salt)
+        for name, salt in (("a", salts[0]), ("b", salts[1]), ("", salts[0]))
+    )
+    assert first.put(tokens, blocks) == 3
+    for other in (second, nobody):
+        assert other.lookup(tokens) == 0
+        assert other.get(tokens).shape[0] == 0
+        assert other.why(tokens) == NEVER
+    assert second.put(tokens, blocks) == 3
+    assert first.get(tokens).shape[0] == second.get(tokens).shape[0] == 3
+    assert held(second.stats()) == {"a": {"host": 3}, "b": {"host": 3}}
+
+
+def test_tenants_share_where_the_operator_says_so_and_the_first_is_charged(
+    serve, connect, make_blocks
+):
+    daemon = serve("host:1MiB", "n.sock", "--share-tenants")
     tokens, blocks = make_blocks(1, 3)
     first, second = (connect(address=daemon.address, tenant=name) for name in ("a", "b"))
     assert first.put(tokens, blocks) == 3
@@ -69,15 +89,16 @@ def test_clearing_a_tenant_survives_a_restart(serve, connect, make_blocks, disk_
             admin.clear(["host"], tenant="b")
     daemon.kill()
     again = serve(disk_tiers, "m.sock")
-    client = connect(address=again.address)
-    assert client.lookup(prompts["a"][0]) == 0
-    assert client.lookup(prompts["b"][0]) == client.lookup(prompts[""][0]) == 8
+    clients = {name: connect(address=again.address, tenant=name) for name in ("a", "b", "")}
+    found = {name: client.lookup(prompts[name][0]) for name, client in clients.items()}
+    assert found == {"a": 0, "b": 8, "": 8}
+    client = clients[""]
     both = {"host": 2, "disk": 2}  # what was read into the host is theirs, too
     assert held(client.stats()) == {tenant_tag(name).hex(): both for name in ("b", "")}
     with AdminClient(again.address) as admin:
         assert admin.clear(tenant="b") == 4  # by a name that this daemon has not heard yet
         assert admin.clear(tenant="") == 4
-    assert client.lookup(prompts["b"][0]) == 0
+    assert [each.lookup(prompts[name][0]) for name, each in clients.items()] == [0, 0, 0]
 
 
 def test_clearing_a_namespace_by_model_and_by_tag(serve, connect, make_blocks) -> None:

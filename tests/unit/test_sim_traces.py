@@ -60,6 +60,10 @@ def test_a_conversation_is_followed_through_its_turns(tmp_path) -> None:
 
 
 def test_tokens_are_cut_as_the_cache_cuts_them(tmp_path) -> None:
+    named = [TOKENS | {"tenant": name} for name in ("a", "b", "a")]
+    of_a, of_b, again = (each.blocks for each in open_trace(write(tmp_path, *named)))
+    assert of_a == again
+    assert not {*of_a} & {*of_b}, "tenants do not find each other's blocks"
     path = write(tmp_path, TOKENS)
     (found,) = open_trace(path)
     assert found.blocks == [each[:16] for each in lineage_digests(TOKENS["tokens"], 64)]

@@ -194,6 +194,8 @@ class NodeConfig:
     """Eviction policy of every tier, by name."""
     tenants: tuple[TenantConfig, ...] = ()
     """Tenants with a guarantee; all others share what these leave."""
+    share_tenants: bool = False
+    """Whether tenants of one salt find each other's blocks."""
     explain_across_salts: bool = False
     """Whether a client may learn that a prompt is stored under a salt that is not its own."""
     host_memory: HostMemoryConfig = HostMemoryConfig()

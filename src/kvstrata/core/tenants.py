@@ -1,6 +1,7 @@
-"""Tenants: names under which blocks are accounted, and what an operator guarantees to some.
+"""Tenants: names under which blocks are found and accounted, and what is guaranteed to some.
 
-A tenant's name is accounting and no secret: what may be found is decided by the salt alone.
+What one tenant stored is not found by another, unless the operator lets tenants share (ADR 16).
+The name is no secret: who can give any name finds what is stored under it.
 """
 
 from __future__ import annotations

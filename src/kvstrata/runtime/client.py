@@ -21,9 +21,9 @@ from kvstrata.runtime.admin import wait_until_idle
 from kvstrata.runtime.session import Session, SessionLimits
 from kvstrata.storage.arena import Arena
 from kvstrata.tokens import Namespace, lineage_digests, sequence_hashes
-from kvstrata.tokens.family import Family, FamilyKey, family_of
+from kvstrata.tokens.family import Family
 from kvstrata.tokens.lineage import TokenIds
-from kvstrata.tokens.namespace import ModelKey, NamespaceKey, salted_key
+from kvstrata.tokens.namespace import NamespaceKey
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -62,7 +62,8 @@ class Client:
         """Connect to the daemon at `address`, or start a private one with `tiers`.
 
         `namespace` names what the arrays are (a model and its revision); what is stored under
-        one `salt` is not found under another. `tenant` is who is charged for what is stored. With
+        one `salt` is not found under another. `tenant` is who is charged for what is stored, and the
+        only one who finds it, unless the daemon lets tenants share. With
         `prefill_tokens_per_s`, what would be computed faster is not loaded; 0 loads what is kept.
         `secret_file` has the cluster secret of the private daemon; None keeps one with the blocks.
         Raises ConfigError for a setting that cannot be served, DaemonError if no daemon answers.
@@ -261,7 +262,7 @@ class Client:
         assert welcome is not None, "a usable session has been welcomed"
         if self._epoch:
             self._arena.close()
-        self._key = salted_key(ModelKey(welcome.model_key), self._salt)
+        self._key = welcome.namespace_key(self._salt, self._tenant)
         self._arena = Arena.attach(welcome.arena, self._layout)
         self._epoch = self._session.epoch
 
@@ -275,7 +276,7 @@ class Client:
         first = lineage_digests(tokens[:size], size)
         if welcome is None or not first:
             return None
-        return family_of(FamilyKey(welcome.family_key), first[0], self._salt)
+        return welcome.family(first[0], self._salt, self._tenant)
 
     def _wait_ready(self, request: str, hashes: Sequence[SequenceHash]) -> int:
         """Return how many leading blocks are in the host; the daemon bounds the waiting."""

@@ -14,13 +14,14 @@ from typing import Annotated, Any, Final, TypeAlias, TypeVar
 import msgspec
 
 from kvstrata.core.errors import CallRefusedError
-from kvstrata.core.ids import HASH_BYTES, SequenceHash
+from kvstrata.core.ids import HASH_BYTES, LineageDigest, SequenceHash
 from kvstrata.core.retention import HINTS_MAX, BlockHint
 from kvstrata.core.tenants import TAG_BYTES, TENANT_NAME_MAX
 from kvstrata.layout import BlockLayout
 from kvstrata.storage.arena import ArenaAddress
-from kvstrata.tokens import Namespace
-from kvstrata.tokens.family import FAMILY_BYTES, Family
+from kvstrata.tokens import Namespace, NamespaceKey
+from kvstrata.tokens.family import FAMILY_BYTES, Family, FamilyKey, family_of
+from kvstrata.tokens.namespace import ModelKey, salted_key
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -64,7 +65,7 @@ __all__ = [
     "split_hashes",
 ]
 
-PROTOCOL_VERSION: Final = 5
+PROTOCOL_VERSION: Final = 6
 """Raised whenever a message changes; client and daemon must agree."""
 SPEED_MAX: Final = 1e18
 """Above any speed in tokens or bytes per second: more is refused, as is what is no number."""
@@ -258,6 +259,18 @@ class Welcome(_Message, frozen=True):
     """Under which the caller makes tags of prompts and salts (`tokens.family`)."""
     layout: BlockLayout
     """The layout of the blocks in the arena; the caller's, unless it bridges."""
+    share_tenants: bool = False
+    """Whether tenants of one salt find each other's blocks."""
+
+    def namespace_key(self, salt: str, tenant: str) -> NamespaceKey:
+        """Return the key under which blocks of this salt and tenant are found."""
+        kept_apart = "" if self.share_tenants else tenant
+        return salted_key(ModelKey(self.model_key), salt, kept_apart)
+
+    def family(self, digest: LineageDigest, salt: str, tenant: str) -> Family:
+        """Return what explains, to those who ask later, where a prompt was stored."""
+        kept_apart = "" if self.share_tenants else tenant
+        return family_of(FamilyKey(self.family_key), digest, salt, kept_apart)
 
 
 class Found(_Message, frozen=True):

@@ -344,6 +344,7 @@ class NodeServer:
             arena=node.arena.address,
             family_key=family_key(self._secret),
             layout=node.layout,
+            share_tenants=self._config.share_tenants,
         )
 
     def _node_for(self, call: wire.Hello, caller: ProcessWatch) -> Node:

@@ -5,7 +5,7 @@ can be explained ("stored under another model revision"), a client that stores a
 block also sends, under a key that the daemon gives it,
 
     prompt tag = BLAKE3(key = family key, lineage digest of the block)    8 bytes
-    salt tag   = BLAKE3(key = family key, salt)                           8 bytes
+    salt tag   = BLAKE3(key = family key, salt, and tenant if it has one) 8 bytes
 
 Neither finds a block. The family key comes from the cluster secret; without it nobody can tell
 which prompt or salt a tag stands for.
@@ -35,7 +35,7 @@ class Family(NamedTuple):
     prompt: bytes
     """`TAG_BYTES`: equal for equal tokens."""
     salt: bytes
-    """`TAG_BYTES`: equal for equal salts."""
+    """`TAG_BYTES`: equal for equal salts of one tenant."""
 
 
 def family_key(secret: bytes) -> FamilyKey:
@@ -43,9 +43,10 @@ def family_key(secret: bytes) -> FamilyKey:
     return FamilyKey(blake3(b"kvstrata families", key=secret).digest())
 
 
-def family_of(key: FamilyKey, digest: LineageDigest, salt: str) -> Family:
+def family_of(key: FamilyKey, digest: LineageDigest, salt: str, tenant: str = "") -> Family:
     """Return the family of a prompt whose first block has this digest, under this salt."""
+    named = b"tenant" + len(salt).to_bytes(4, "little") if tenant else b"salt"
     return Family(
         blake3(b"prompt" + digest, key=key).digest(TAG_BYTES),
-        blake3(b"salt" + salt.encode(), key=key).digest(TAG_BYTES),
+        blake3(named + salt.encode() + tenant.encode(), key=key).digest(TAG_BYTES),
     )

@@ -5,7 +5,7 @@ steps, so that a connector can make the key of each request's tenant without the
 
     model key     = BLAKE3(key = cluster secret,  fields: scheme, model, weights, numerics,
                            KV dtype, geometry, block tokens)
-    namespace key = BLAKE3(key = model key,       field: salt)
+    namespace key = BLAKE3(key = model key,       fields: salt, and tenant if it has a name)
 
 Fields are written as length-prefixed name and value, so that no two lists of fields spell the
 same bytes. Nobody without a tenant's salt and the model key can make or probe its keys.
@@ -79,9 +79,13 @@ def namespace_tag(model_key: ModelKey) -> bytes:
     return blake3(b"namespace tag", key=model_key).digest(TAG_BYTES)
 
 
-def salted_key(model_key: ModelKey, salt: str) -> NamespaceKey:
-    """Return the namespace key of the tenant with this salt; the empty salt is a tenant too."""
-    return NamespaceKey(blake3(_encode([("salt", salt)]), key=model_key).digest())
+def salted_key(model_key: ModelKey, salt: str, tenant: str = "") -> NamespaceKey:
+    """Return the namespace key of `tenant` with this salt; empty ones are a salt and a tenant too.
+
+    A tenant without a name adds no field, so that its keys are those of before tenants had any.
+    """
+    fields = [("salt", salt), *([("tenant", tenant)] if tenant else [])]
+    return NamespaceKey(blake3(_encode(fields), key=model_key).digest())
 
 
 def sequence_hashes(key: NamespaceKey, digests: Sequence[LineageDigest]) -> list[SequenceHash]:

@@ -103,6 +103,10 @@ def serve(
         int | None, typer.Option(help="Blocks of a lower priority stay in the host.")
     ] = None,
     tenant: Guarantees = None,
+    share_tenants: Annotated[
+        bool | None,
+        typer.Option("--share-tenants", help="Let tenants of one salt find each other's blocks."),
+    ] = None,
     explain_across_salts: Annotated[
         bool | None,
         typer.Option(
@@ -125,6 +129,7 @@ def serve(
         "staging_timeout_s": staging_timeout_s,
         "offload_priority_min": offload_priority_min,
         "tenants": ";".join(tenant) if tenant else None,
+        "share_tenants": share_tenants,
         "explain_across_salts": explain_across_salts,
     }
     settings = ServeSettings.read(given)

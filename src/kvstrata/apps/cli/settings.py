@@ -44,6 +44,8 @@ class ServeSettings(BaseSettings):
     """Blocks of a lower priority than this, and those behind them, are not written to disk."""
     tenants: str = ""
     """Tenants with a guarantee, `;` between them: `a=30%;b=host:8GiB,disk:100GiB`."""
+    share_tenants: bool = False
+    """Whether tenants of one salt find each other's blocks."""
     explain_across_salts: bool = False
     """Whether a client may learn that a prompt is stored under a salt that is not its own."""
     weigh_costs: bool = True
@@ -114,6 +116,7 @@ class ServeSettings(BaseSettings):
             policy=self.policy,
             backend=self.backend,
             tenants=parse_tenants(self.tenants.split(";")),
+            share_tenants=self.share_tenants,
             explain_across_salts=self.explain_across_salts,
             host_memory=HostMemoryConfig(
                 huge_pages=self.host_huge_pages,

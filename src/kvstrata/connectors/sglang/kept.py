@@ -20,7 +20,6 @@ from kvstrata.layout import BlockLayout
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.session import Session
 from kvstrata.tokens import sequence_hashes
-from kvstrata.tokens.family import family_of
 
 __all__ = ["KeptCounters", "KeptPages"]
 
@@ -58,8 +57,8 @@ class KeptPages:
     """
 
     def __init__(self, session: Session, *, batch_timeout_s: float, tenant: str = "") -> None:
-        """Serve from `session`, which nobody else uses; `tenant` is charged for what is saved."""
-        self._turns = Turns(session)
+        """Serve from `session`, which nobody else uses, in the name of `tenant`."""
+        self._turns = Turns(session, tenant)
         self._batch_timeout_s = batch_timeout_s
         self._tenant = tenant
         self._holds = Holds()
@@ -237,7 +236,7 @@ class KeptPages:
             return None
         before = sequence_hashes(mapped.key, [parent] if parent else [])
         hashes = sequence_hashes(mapped.key, digests)
-        family = b"" if before else b"".join(family_of(mapped.family_key, digests[0], ""))
+        family = b"" if before else b"".join(mapped.family(digests[0]))
         call = wire.Reserve(
             name,
             b"".join(before),

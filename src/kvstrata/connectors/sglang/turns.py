@@ -8,11 +8,12 @@ and paid by whoever has the lock next.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -22,14 +23,15 @@ from numpy.typing import NDArray
 
 from kvstrata.connectors.sglang.hostpages import PageSpace
 from kvstrata.core.errors import ConfigError, KvstrataError
+from kvstrata.core.ids import LineageDigest
 from kvstrata.layout import Bridge
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.mapped import ask_or_go_on, try_map_host
 from kvstrata.runtime.session import Session
 from kvstrata.storage.arena import Arena
 from kvstrata.tokens import NamespaceKey
-from kvstrata.tokens.family import FamilyKey
-from kvstrata.tokens.namespace import ModelKey, namespace_tag, salted_key
+from kvstrata.tokens.family import Family
+from kvstrata.tokens.namespace import ModelKey, namespace_tag
 
 __all__ = ["Mapped", "Turns"]
 
@@ -48,8 +50,8 @@ class Mapped:
     """The session's epoch."""
     key: NamespaceKey
     """Under which digests become keys."""
-    family_key: FamilyKey
-    """Under which prompts are tagged."""
+    family: Callable[[LineageDigest], Family]
+    """Tags a prompt by the digest of its first block."""
     arena: Arena
     """The host tier."""
     blocks: NDArray[np.uint8]
@@ -88,9 +90,10 @@ class _Owed:
 class Turns:
     """Owns the session. Any thread may call."""
 
-    def __init__(self, session: Session) -> None:
-        """Take over `session`, which nobody else uses."""
+    def __init__(self, session: Session, tenant: str = "") -> None:
+        """Take over `session`, which nobody else uses; keys are those of `tenant`."""
         self.session = session
+        self._tenant = tenant
         self.late = 0
         self.owed_dropped = 0
         self._lock = threading.Lock()
@@ -170,8 +173,8 @@ class Turns:
             return None
         self._mapped = Mapped(
             session.epoch,
-            salted_key(ModelKey(welcome.model_key), ""),  # SGLang's salts are in its digests
-            FamilyKey(welcome.family_key),
+            welcome.namespace_key("", self._tenant),  # SGLang's salts are in its digests
+            functools.partial(welcome.family, salt="", tenant=self._tenant),
             host.arena,
             host.blocks,
             host.generations,

@@ -132,9 +132,10 @@ class Binding:
         size, salt = self.settings.block_tokens, f"canary {secrets.token_hex(16)}"
         kept = [(k[:, :, :size], v[:, :, :size]) for k, v in whole.layers]
         prefixes = self.prefixes
-        if prefixes.store([tokens[:size]], kept, salt=salt, tenant=self.settings.tenant) != 1:
+        tenant = self.settings.tenant
+        if prefixes.store([tokens[:size]], kept, salt=salt, tenant=tenant) != 1:
             raise DaemonError(f"the daemon did not store the canary: {prefixes.statistics}")
-        ready, layers = prefixes.load([tokens], salt)
+        ready, layers = prefixes.load([tokens], salt=salt, tenant=tenant)
         same = ready == size and all(
             torch.equal(_bits(ours), _bits(theirs))
             for pair in zip(layers, kept, strict=True)
@@ -145,7 +146,7 @@ class Binding:
                 "the canary came back as other bits than were stored",
                 hint="report it, with the output of kvstrata doctor",
             )
-        prefixes.forget(tokens[:size], salt)
+        prefixes.forget(tokens[:size], salt=salt, tenant=tenant)
         alone = _compute(self.model, tokens[:size])
         resumed = _compute(self.model, tokens[size:], layers)
         for ours, theirs in [(resumed.logits, whole.logits), *_pairs(alone.layers, kept)]:

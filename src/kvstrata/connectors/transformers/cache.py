@@ -159,7 +159,7 @@ class KvstrataCache(DynamicCache):  # type: ignore[misc]  # transformers is unty
         self._unkept = self.binding.unusable()
         if self._unkept:
             return self
-        tokens, layers = self.binding.prefixes.load(rows, self._salt)
+        tokens, layers = self.binding.prefixes.load(rows, salt=self._salt, tenant=self._tenant)
         for layer, (keys, values) in zip(self.layers, layers, strict=bool(tokens)):
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values

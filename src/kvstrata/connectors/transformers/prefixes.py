@@ -23,8 +23,7 @@ from kvstrata.runtime import messages as wire
 from kvstrata.runtime.session import Session
 from kvstrata.storage.arena import Arena
 from kvstrata.tokens import lineage_digests, sequence_hashes
-from kvstrata.tokens.family import Family, FamilyKey, family_of
-from kvstrata.tokens.namespace import ModelKey, salted_key
+from kvstrata.tokens.family import Family
 
 __all__ = ["CacheStatistics", "Geometry", "Layers", "Prefixes"]
 
@@ -107,7 +106,9 @@ class Prefixes:
         self._arena: Arena | None = None
         self._blocks: ArenaBlocks | None = None
 
-    def load(self, rows: Sequence[Sequence[int]], salt: str) -> tuple[int, Layers]:
+    def load(
+        self, rows: Sequence[Sequence[int]], *, salt: str, tenant: str
+    ) -> tuple[int, Layers]:
         """Return how many leading tokens are kept of each of these equally long rows, and their KV.
 
         The last token of a row is never among them: a model must compute something.
@@ -118,7 +119,7 @@ class Prefixes:
         try:
             if not self._attach():
                 return 0, []
-            hashes = [self._hashes(row[:-1], salt) for row in rows]
+            hashes = [self._hashes(row[:-1], salt, tenant) for row in rows]
             if not all(hashes):
                 return 0, []  # not one full block
             try:
@@ -147,10 +148,10 @@ class Prefixes:
         self.statistics.stored_blocks += stored
         return stored
 
-    def forget(self, row: Sequence[int], salt: str) -> None:
+    def forget(self, row: Sequence[int], *, salt: str, tenant: str) -> None:
         """Forget the last full block of a row, and what was stored behind it."""
         try:
-            if self._attach() and (hashes := self._hashes(row, salt)):
+            if self._attach() and (hashes := self._hashes(row, salt, tenant)):
                 self.session.call(wire.Forget(hashes[-1]), wire.Cleared)
         except KvstrataError as error:
             self._note(error)
@@ -192,12 +193,13 @@ class Prefixes:
         return tokens, [(k[:, :, :tokens], v[:, :, :tokens]) for k, v in layers]
 
     def _store(self, row: Sequence[int], layers: Layers, salt: str, tenant: str) -> int:
-        hashes = self._hashes(row, salt)
+        hashes = self._hashes(row, salt, tenant)
         if not hashes:
             return 0
         name = next(self._names)
         # From the root each time: a block whose parent was evicted meanwhile could not be found.
-        reserved = self.session.reserve(name, None, hashes, (), tenant, self._family(row, salt))
+        family = self._family(row, salt, tenant)
+        reserved = self.session.reserve(name, None, hashes, (), tenant, family)
         self.statistics.throttled_blocks += reserved.throttled
         if not reserved.slots:
             return 0
@@ -263,22 +265,22 @@ class Prefixes:
                 return found.ready
             time.sleep(_POLL_S)
 
-    def _hashes(self, tokens: Sequence[int], salt: str) -> list[SequenceHash]:
+    def _hashes(self, tokens: Sequence[int], salt: str, tenant: str) -> list[SequenceHash]:
         welcome = self.session.welcome
         assert welcome is not None, "keys are made only while the session is up"
         try:
             digests = lineage_digests(tokens, self._block_tokens)
         except ValueError:  # an id that is no token: a place holder of some kind
             return []
-        return sequence_hashes(salted_key(ModelKey(welcome.model_key), salt), digests)
+        return sequence_hashes(welcome.namespace_key(salt, tenant), digests)
 
-    def _family(self, tokens: Sequence[int], salt: str) -> Family | None:
+    def _family(self, tokens: Sequence[int], salt: str, tenant: str) -> Family | None:
         """Return the tags that explain, to those who ask later, where this prompt was stored."""
         welcome = self.session.welcome
         first = lineage_digests(tokens[: self._block_tokens], self._block_tokens)
         if welcome is None or not first:
             return None
-        return family_of(FamilyKey(welcome.family_key), first[0], salt)
+        return welcome.family(first[0], salt, tenant)
 
     def _attach(self) -> bool:
         """Return whether the daemon can be asked; map its arena if it is a new one. Never waits."""

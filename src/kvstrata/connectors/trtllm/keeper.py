@@ -42,7 +42,7 @@ class Keeper:
         """Serve over an opened session."""
         self.session = session
         self.statistics = Statistics()
-        self._line = Line(session, desk, pages.page_bytes)
+        self._line = Line(session, desk, pages.page_bytes, settings.tenant)
         self._desk, self._pages, self._settings = desk, pages, settings
         self._block_tokens = session.layout.block_tokens
         self._places = self._block_tokens // pages.page_tokens
@@ -52,7 +52,7 @@ class Keeper:
         self._loads: dict[int, Tracked] = {}  # by job
         self._names = map("r{}".format, itertools.count(1))
         self._jobs = itertools.count(1)
-        self._saver = Saver(self._line, desk, pages, self.statistics, self._jobs, settings.tenant)
+        self._saver = Saver(self._line, desk, pages, self.statistics, self._jobs)
         self._steps = itertools.count(1)
         self._step_ended = 0
         self._prefill, self._copies = PrefillMeter(), CopyMeter()

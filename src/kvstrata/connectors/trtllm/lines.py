@@ -19,8 +19,6 @@ from kvstrata.core.ids import SequenceHash
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.session import Session
 from kvstrata.tokens import NamespaceKey, sequence_hashes
-from kvstrata.tokens.family import FamilyKey, family_of
-from kvstrata.tokens.namespace import ModelKey, salted_key
 
 __all__ = ["Line"]
 
@@ -32,11 +30,12 @@ _SALTS_MAX = 4096
 class Line:
     """Owner: the executor's thread."""
 
-    def __init__(self, session: Session, desk: Desk, page_bytes: int) -> None:
-        """Speak over an opened session for pages of `page_bytes`."""
+    def __init__(self, session: Session, desk: Desk, page_bytes: int, tenant: str) -> None:
+        """Speak over an opened session, in the name of `tenant`, for pages of `page_bytes`."""
         self._session = session
         self._desk = desk
         self._page_bytes = page_bytes
+        self._tenant = tenant
         self._leases: set[str] = set()
         self._keys: dict[str, NamespaceKey] = {}
         self._keys_epoch = 0
@@ -109,7 +108,7 @@ class Line:
             self._keys.clear()  # another daemon may have another secret; salts may be many
             self._keys_epoch = self._session.epoch
         if salt not in self._keys:
-            self._keys[salt] = salted_key(ModelKey(welcome.model_key), salt)
+            self._keys[salt] = welcome.namespace_key(salt, self._tenant)
         return self._keys[salt]
 
     # -- calls; each raises DaemonError unless it says otherwise -------------------------------
@@ -147,16 +146,15 @@ class Line:
         return acquired.slots[:good], acquired.generations[:good]
 
     def reserve(
-        self, tracked: Tracked, first: int, hashes: Sequence[SequenceHash], tenant: str
+        self, tracked: Tracked, first: int, hashes: Sequence[SequenceHash]
     ) -> wire.Reserved:
         """Ask for slots for the blocks from `first` on."""
         welcome = self._session.welcome
         family = None
         if welcome is not None and first == 0:
-            key = FamilyKey(welcome.family_key)
-            family = family_of(key, tracked.digests[0], tracked.identity.salt)
+            family = welcome.family(tracked.digests[0], tracked.identity.salt, self._tenant)
         parent = hashes[first - 1] if first else None
-        return self._session.reserve(tracked.name, parent, hashes[first:], (), tenant, family)
+        return self._session.reserve(tracked.name, parent, hashes[first:], (), self._tenant, family)
 
     def release(self, tracked: Tracked) -> None:
         """End what the request holds; a daemon that does not hear it has ended it already."""

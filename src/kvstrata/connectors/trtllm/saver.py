@@ -38,11 +38,10 @@ class Saver:
         pages: EnginePages,
         statistics: Statistics,
         jobs: Iterator[int],
-        tenant: str,
     ) -> None:
-        """Save for `tenant`, numbering jobs by `jobs`."""
+        """Save, numbering jobs by `jobs`."""
         self._line, self._desk, self._pages = line, desk, pages
-        self._statistics, self._jobs, self._tenant = statistics, jobs, tenant
+        self._statistics, self._jobs = statistics, jobs
         self._block_tokens = line.block_tokens
         self._places = self._block_tokens // pages.page_tokens
         self._saves: dict[int, _Saving] = {}  # by job
@@ -58,7 +57,7 @@ class Saver:
             first, hashes, rows = self._full_blocks(tracked)
             if not rows:
                 return None
-            reserved = self._line.reserve(tracked, first, hashes[: first + len(rows)], self._tenant)
+            reserved = self._line.reserve(tracked, first, hashes[: first + len(rows)])
         except DaemonError as error:
             self._line.note(error)
             return None

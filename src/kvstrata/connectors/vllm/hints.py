@@ -22,15 +22,15 @@ class RequestHints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retention: Annotated[list[Retention], msgspec.Meta(max_length=HINTS_MAX)] = []
     """How long ranges of its tokens are to be kept, those that it generates included."""
     tenant: Annotated[str, msgspec.Meta(max_length=TENANT_NAME_MAX)] | None = None
-    """Who is charged for what it stores; None takes the engine's `tenant` setting."""
+    """Whose it is: who is charged, and finds it. None takes the engine's `tenant` setting."""
     store: bool = True
     """False: what this request computes is not kept."""
     tokens_from: Any = None
     """Ours, from an answer that a client handed on; not read."""
 
 
-def read_hints(params: Any) -> RequestHints:
-    """Return what the request asks for.
+def read_hints(params: Any) -> RequestHints | None:
+    """Return what the request asks for; None if it names a tenant and it cannot be told which.
 
     A hint that is wrong must not cost an answer: it is logged, and the request is served without.
     """
@@ -41,7 +41,11 @@ def read_hints(params: Any) -> RequestHints:
         return msgspec.convert(asked, RequestHints)
     except (msgspec.ValidationError, ConfigError) as error:
         log.warning("kv_transfer_params.kvstrata of a request is ignored: %s", error)
-        return RequestHints()
+    # What is wrong with the rest must not make it another tenant's.
+    tenant = asked.get("tenant") if isinstance(asked, dict) else None
+    if tenant is None or (isinstance(tenant, str) and len(tenant) <= TENANT_NAME_MAX):
+        return RequestHints(tenant=tenant)
+    return None
 
 
 def hints_for(

@@ -36,8 +36,7 @@ from kvstrata.layout import BlockLayout, GroupedCache
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.session import Session
 from kvstrata.tokens import NamespaceKey, PromptLineage, sequence_hashes
-from kvstrata.tokens.family import Family, FamilyKey, family_of
-from kvstrata.tokens.namespace import ModelKey, salted_key
+from kvstrata.tokens.family import Family
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -109,7 +108,7 @@ class SchedulerHalf:
         self._names = map(str, itertools.count(1))
         self._loads: list[LoadJob] = []
         self._missed: list[_Tracked] = []  # let go of together, when the step is planned
-        self._keys: dict[str, NamespaceKey] = {}
+        self._keys: dict[tuple[str, str], NamespaceKey] = {}  # by salt and tenant
         self._keys_epoch = 0
         self._fenced = False
         self._clear_owed = False
@@ -418,6 +417,8 @@ class SchedulerHalf:
             extras = request_extras(self._weights_mark, "", (), self._block_tokens)
             lineage = PromptLineage(self._block_tokens, extras)
             hints = read_hints(request.kv_transfer_params)
+            usable &= hints is not None  # else nobody knows whose it is
+            hints = hints or RequestHints()
             named = not request.lora_request and not request.mm_features
             tracked = _Tracked(request, next(self._names), lineage, usable, hints, named)
             self._requests[request.request_id] = tracked
@@ -468,21 +469,25 @@ class SchedulerHalf:
                 return []
         known = len(tracked.hashes)
         if known < blocks:
-            key = self._key(tracked.request.cache_salt or "")
+            key = self._key(tracked.request.cache_salt or "", self._tenant_of(tracked))
             tracked.hashes += sequence_hashes(key, tracked.lineage.digests[known:])
             if self.events:
                 self.events.know(tracked.request, tracked.hashes, known)
         return tracked.hashes[:blocks]
 
-    def _key(self, salt: str) -> NamespaceKey:
+    def _tenant_of(self, tracked: _Tracked) -> str:
+        """Return who is charged for what the request stores, and finds it again."""
+        return self._tenant if tracked.hints.tenant is None else tracked.hints.tenant
+
+    def _key(self, salt: str, tenant: str) -> NamespaceKey:
         welcome = self.session.welcome
         assert welcome is not None, "keys are made only while the session is up"
         if self._keys_epoch != self.session.epoch or len(self._keys) > 4096:  # noqa: PLR2004
             self._keys.clear()  # another daemon may have another secret; salts may be many
             self._keys_epoch = self.session.epoch
-        if salt not in self._keys:
-            self._keys[salt] = salted_key(ModelKey(welcome.model_key), salt)
-        return self._keys[salt]
+        if (salt, tenant) not in self._keys:
+            self._keys[salt, tenant] = welcome.namespace_key(salt, tenant)
+        return self._keys[salt, tenant]
 
     def _family(self, tracked: _Tracked) -> Family | None:
         """Return the tags that explain, to those who ask later, where this prompt was stored."""
@@ -490,7 +495,7 @@ class SchedulerHalf:
         if welcome is None or not digests:
             return None
         salt = tracked.request.cache_salt or ""
-        return family_of(FamilyKey(welcome.family_key), digests[0], salt)
+        return welcome.family(digests[0], salt, self._tenant_of(tracked))
 
     def _acquire(self, tracked: _Tracked) -> tuple[list[int], list[int], dict[str, int]]:
         if self.session.welcome is None or tracked.epoch != self.session.epoch:
@@ -527,7 +532,7 @@ class SchedulerHalf:
         parent = hashes[first - 1] if first else None
         try:
             hints = hints_for(tracked.hints.retention, self._block_tokens, first, last)
-            tenant = self._tenant if tracked.hints.tenant is None else tracked.hints.tenant
+            tenant = self._tenant_of(tracked)
             family = None if first else self._family(tracked)
             reserved = self.session.reserve(
                 tracked.name, parent, hashes[first:last], hints, tenant, family
@@ -546,7 +551,7 @@ class SchedulerHalf:
     def _plan_states(self, plan: StepPlan, tracked: _Tracked, output: SchedulerOutput) -> None:
         if not self._cache.state_groups:
             return
-        tenant = self._tenant if tracked.hints.tenant is None else tracked.hints.tenant
+        tenant = self._tenant_of(tracked)
         size, cache = self._block_tokens, self._cache
         try:
             plan.saves.extend(save_states(self.session, cache, size, tracked, tenant, output))

@@ -1,7 +1,7 @@
 """Traces of our own: token ids for those who have prompts, and what `Recorder` writes.
 
 tokens: one object a line, `{"timestamp": s, "tokens": [...], "output_tokens": n}` and, if known,
-`"session"` and `"tenant"`. Only full blocks count.
+`"session"` and `"tenant"`. Only full blocks count. As in a daemon, tenants do not find each other's.
 
 kvstrata: a first line `{"kvstrata_trace": 1, "block_tokens": n}`, then a line for each request with
 the keys of its blocks in hexadecimal: no tokens, so that a recording can be shared.
@@ -19,7 +19,8 @@ import msgspec
 from kvstrata.core.ids import HASH_BYTES, SequenceHash
 from kvstrata.sim.traces.lines import Progress, first_record, records
 from kvstrata.sim.traces.model import TraceError, TraceRequest
-from kvstrata.tokens import lineage_digests
+from kvstrata.tokens import lineage_digests, sequence_hashes
+from kvstrata.tokens.namespace import ModelKey, salted_key
 
 __all__ = [
     "RECORDING_VERSION",
@@ -32,6 +33,8 @@ __all__ = [
 
 RECORDING_VERSION = 1
 """Version of the recorder's format."""
+
+_NO_MODEL = ModelKey(bytes(32))  # a trace has one
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 _Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
@@ -83,15 +86,19 @@ def read_tokens(
         last = line.timestamp
         yield TraceRequest(
             line.timestamp - first,
-            [
-                SequenceHash(each[:HASH_BYTES])
-                for each in lineage_digests(line.tokens, block_tokens)
-            ],
+            _hashed(line, block_tokens),
             len(line.tokens),
             line.output_tokens,
             line.session,
             line.tenant,
         )
+
+
+def _hashed(line: TokensLine, block_tokens: int) -> list[SequenceHash]:
+    digests = lineage_digests(line.tokens, block_tokens)
+    if not line.tenant:
+        return [SequenceHash(each[:HASH_BYTES]) for each in digests]
+    return sequence_hashes(salted_key(_NO_MODEL, "", line.tenant), digests)
 
 
 def recording_block_tokens(path: Path) -> int:

@@ -415,7 +415,8 @@ def _hints(context: ReqContext) -> RequestHints:
     """Return what a request asks for, read once."""
     hints: RequestHints | None = context.get_state(RequestHints)
     if hints is None:
-        hints = read_hints(context.kv_transfer_params)
+        # Of a tenant that cannot be read nothing is kept.
+        hints = read_hints(context.kv_transfer_params) or RequestHints(store=False)
         context.set_state(hints)
     return hints
 
