@@ -35,7 +35,9 @@ def of_vllm(module):
 class World:
     """A worker half, its caches, and an arena that a daemon would own."""
 
-    def __init__(self, *, cache=ONE_GROUP, copier="runs", seed=1, platform=None):
+    def __init__(
+        self, *, cache=ONE_GROUP, copier="runs", seed=1, platform=None, blocks_outermost=False
+    ):
         self.platform = platform or FakeDevicePlatform(Random(seed))
         self.cache, self.layout = cache, cache.block_layout(BLOCK_TOKENS)
         self.worker = of_vllm("deviceworker").DeviceWorker(
@@ -43,11 +45,11 @@ class World:
         )
         self.names = [[f"layers.{place}" for place in group.places] for group in cache.groups]
         luck = torch.Generator().manual_seed(seed)
-        self.tensors = {
-            name: torch.randint(0, 99, (PAGES, 1, 2, 4), generator=luck).to(torch.float16)
-            for names in self.names
-            for name in names
-        }
+        names = [name for names in self.names for name in names]
+        shape = (PAGES, len(names)) if blocks_outermost else (len(names), PAGES)
+        together = torch.randint(0, 99, (*shape, 1, 2, 4), generator=luck).to(torch.float16)
+        layers = together.unbind(1 if blocks_outermost else 0)
+        self.tensors = dict(zip(names, layers, strict=True))
         self.arenas, self.steps = [self.new_arena()], 0
 
     def new_arena(self):
@@ -110,10 +112,11 @@ class World:
             tensor[list(pages)] = value
 
 
+@pytest.mark.parametrize("blocks_outermost", [False, True])
 @pytest.mark.parametrize("cache", [ONE_GROUP, TWO_GROUPS])
 @pytest.mark.parametrize("seed", range(4))
-def test_blocks_go_out_and_come_back_whatever_stream_is_ahead(cache, seed):
-    world = World(cache=cache, seed=seed).start()
+def test_blocks_go_out_and_come_back_whatever_stream_is_ahead(cache, seed, blocks_outermost):
+    world = World(cache=cache, seed=seed, blocks_outermost=blocks_outermost).start()
     before = world.bytes_of([2, 5])
     report = world.step(
         forward=lambda: world.launch(lambda: world.fill([2, 5], 3.0)), saves=[world.save(1, [2, 5])]
@@ -135,10 +138,11 @@ def test_blocks_go_out_and_come_back_whatever_stream_is_ahead(cache, seed):
     assert all((tensor[1] != 3.0).any() for tensor in world.tensors.values())  # nobody's page
 
 
+@pytest.mark.parametrize("blocks_outermost", [False, True])
 @pytest.mark.parametrize("copier", ["batch", "runs", "triton", "torch"])
-def test_each_page_finds_its_place_as_on_the_cpu(copier):
+def test_each_page_finds_its_place_as_on_the_cpu(copier, blocks_outermost):
     """The same saves by the CPU's worker half, into an arena of its own."""
-    world = World(copier=copier).start()
+    world = World(copier=copier, blocks_outermost=blocks_outermost).start()
     cpu = of_vllm("worker").WorkerHalf(ONE_GROUP, world.layout)
     cpu.register(world.tensors, world.names, 0)
     theirs = world.new_arena()
@@ -153,6 +157,54 @@ def test_each_page_finds_its_place_as_on_the_cpu(copier):
     for slot in range(SLOTS):
         assert bytes(world.arena.slot(slot)) == bytes(theirs.slot(slot))
     cpu.close()
+
+
+@pytest.mark.parametrize("cache", [ONE_GROUP, TWO_GROUPS])
+@pytest.mark.parametrize("saved_outermost", [False, True])
+def test_layers_outermost_and_blocks_outermost_keep_the_same_blocks(cache, saved_outermost):
+    """What an engine of one layout saved fills the pages of one of the other; on the CPU's half."""
+    arena, halves, worlds = None, [], []
+    for outermost in (saved_outermost, not saved_outermost):
+        world = World(cache=cache, seed=1 + len(worlds), blocks_outermost=outermost)
+        half = of_vllm("worker").WorkerHalf(cache, world.layout)
+        half.register(world.tensors, world.names, 0)
+        worlds.append(world)
+        halves.append(half)
+        arena = arena or world.arena
+        world.arenas = [arena]
+    wrote, read = worlds
+    expected = wrote.bytes_of([2, 5])
+    plan = wrote.plan(saves=[wrote.save(1, [2, 5])])
+    halves[0].load(plan)
+    halves[0].save(plan)
+    others = [page for page in range(PAGES) if page not in {6, 0}]
+    untouched = read.bytes_of(others)
+    halves[1].load(read.plan(loads=[read.load(1, [6, 0])]))
+    assert halves[1].take_report().loaded == {"r": 2 * len(cache.groups)}
+    found = read.bytes_of([6, 0])
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    after = read.bytes_of(others)
+    assert all(torch.equal(untouched[name], after[name]) for name in after)
+    for half in halves:
+        half.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout"),
+    [({}, "LBHNC"), ({"outermost": "layers"}, "LBHNC"), ({"outermost": "blocks"}, "BLHNC")],
+)
+def test_vllm_is_asked_for_the_layout(settings, layout):
+    from types import SimpleNamespace
+
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    connector = of_vllm("connector").KvstrataConnector
+    transfer = SimpleNamespace(kv_connector_extra_config=settings)
+    asked = connector.get_required_kvcache_layout(SimpleNamespace(kv_transfer_config=transfer))
+    assert asked == layout == KVCacheLayout[asked].name
+    with pytest.raises(ConfigError, match="outermost"):
+        transfer.kv_connector_extra_config = {"outermost": "pages"}
+        connector.get_required_kvcache_layout(SimpleNamespace(kv_transfer_config=transfer))
 
 
 def test_a_load_is_reported_only_once_it_ended_and_if_its_slot_stayed_the_same():

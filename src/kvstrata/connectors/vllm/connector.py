@@ -133,9 +133,13 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
-        """Ask for the layout that `layout.paged` describes."""
-        del vllm_config
-        return "LBHNC"
+        """Ask for the layout that `layout.paged` describes, pages of a block apart or together.
+
+        Raises ConfigError for settings that are wrong.
+        """
+        asked = vllm_config.kv_transfer_config
+        settings = read_settings(asked.kv_connector_extra_config if asked else {})
+        return "BLHNC" if settings.outermost == "blocks" else "LBHNC"
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:

@@ -29,6 +29,7 @@ from kvstrata.connectors.vllm.metadata import (
     WeightsReport,
 )
 from kvstrata.connectors.vllm.metrics import ConnectorStats, split_by_tier
+from kvstrata.connectors.vllm.pace import ASK_AGAIN_S, Pace
 from kvstrata.connectors.vllm.states import chains, save_states
 from kvstrata.core.errors import CallRefusedError, DaemonError
 from kvstrata.core.ids import SequenceHash
@@ -74,6 +75,7 @@ class _Tracked:
     load_tokens: int = 0  # what that load is for
     finished: bool = False
     asked_at: float = 0.0  # first, for the load under way
+    ask_again_at: float = 0.0  # earlier the daemon, in `epoch`, has nothing new to say
     promised_pages: int = 0  # by it
     failed_loads: int = 0
     staged: dict[str, int] = field(default_factory=dict)  # tokens of its load, by lower tier
@@ -113,7 +115,7 @@ class SchedulerHalf:
         self._fenced = False
         self._clear_owed = False
         self._steps = itertools.count(1)
-        self._prefill, self._copies = PrefillMeter(), CopyMeter()
+        self._prefill, self._copies, self._pace = PrefillMeter(), CopyMeter(), Pace()
         self._adapters, self._media = KnownAdapters(), MediumDigests()
         self.stats = ConnectorStats()
         self.events: TierEvents | None = None  # if vLLM publishes any
@@ -143,7 +145,11 @@ class SchedulerHalf:
         allowed = self._may_load(tracked)
         if not allowed:
             return None if allowed is None else 0
-        tracked.asked_at = tracked.asked_at or time.monotonic()
+        now = time.monotonic()
+        tracked.asked_at = tracked.asked_at or now
+        if now < tracked.ask_again_at and tracked.epoch == self.session.epoch:
+            self._pace.rest()
+            return None
         # Of a prompt that is there whole vLLM computes the last token, whose window may begin a
         # page before that of the token behind it.
         spared = 0 if self._cache.is_whole else 1
@@ -163,6 +169,7 @@ class SchedulerHalf:
             return 0
         tracked.holding = True
         if found.pending:
+            tracked.ask_again_at = time.monotonic() + ASK_AGAIN_S
             return None
         tracked.ready_blocks = found.ready
         return max(0, found.ready * self._block_tokens - local_tokens)
@@ -202,6 +209,7 @@ class SchedulerHalf:
         plan = StepPlan(loads=self._loads, resets=self._resets, renewals=self._renewals)
         plan.introduce = not self._fenced
         self._loads = []
+        self._pace.planned(computes=bool(output.num_scheduled_tokens))
         self._release(self._missed)
         self._missed = []
         self._measure(plan, output)
