@@ -202,8 +202,8 @@ def test_vllm_is_asked_for_the_layout(settings, layout):
     transfer = SimpleNamespace(kv_connector_extra_config=settings)
     asked = connector.get_required_kvcache_layout(SimpleNamespace(kv_transfer_config=transfer))
     assert asked == layout == KVCacheLayout[asked].name
+    transfer.kv_connector_extra_config = {"outermost": "pages"}
     with pytest.raises(ConfigError, match="outermost"):
-        transfer.kv_connector_extra_config = {"outermost": "pages"}
         connector.get_required_kvcache_layout(SimpleNamespace(kv_transfer_config=transfer))
 
 

@@ -62,8 +62,8 @@ class Client:
         """Connect to the daemon at `address`, or start a private one with `tiers`.
 
         `namespace` names what the arrays are (a model and its revision); what is stored under
-        one `salt` is not found under another. `tenant` is who is charged for what is stored, and the
-        only one who finds it, unless the daemon lets tenants share. With
+        one `salt` is not found under another. `tenant` is who is charged for what is stored, and
+        the only one who finds it, unless the daemon lets tenants share. With
         `prefill_tokens_per_s`, what would be computed faster is not loaded; 0 loads what is kept.
         `secret_file` has the cluster secret of the private daemon; None keeps one with the blocks.
         Raises ConfigError for a setting that cannot be served, DaemonError if no daemon answers.

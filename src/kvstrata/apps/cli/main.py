@@ -50,6 +50,16 @@ Guarantees = Annotated[
     list[str] | None,
     typer.Option(help="Guarantee, may be repeated: NAME=30% or NAME=host:8GiB,disk:100GiB."),
 ]
+Sharing = Annotated[
+    bool | None,
+    typer.Option("--share-tenants", help="Let tenants of one salt find each other's blocks."),
+]
+Explaining = Annotated[
+    bool | None,
+    typer.Option(
+        "--explain-across-salts", help="Let clients learn of a prompt stored under another salt."
+    ),
+]
 
 
 def _told(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
@@ -103,17 +113,8 @@ def serve(
         int | None, typer.Option(help="Blocks of a lower priority stay in the host.")
     ] = None,
     tenant: Guarantees = None,
-    share_tenants: Annotated[
-        bool | None,
-        typer.Option("--share-tenants", help="Let tenants of one salt find each other's blocks."),
-    ] = None,
-    explain_across_salts: Annotated[
-        bool | None,
-        typer.Option(
-            "--explain-across-salts",
-            help="Let clients learn that a prompt is stored under another salt.",
-        ),
-    ] = None,
+    share_tenants: Sharing = None,
+    explain_across_salts: Explaining = None,
 ) -> None:
     """Run the node daemon until it is told to end; KVSTRATA_TIERS and the like set defaults."""
     from kvstrata.apps.cli.prefault import Prefault

@@ -106,9 +106,7 @@ class Prefixes:
         self._arena: Arena | None = None
         self._blocks: ArenaBlocks | None = None
 
-    def load(
-        self, rows: Sequence[Sequence[int]], *, salt: str, tenant: str
-    ) -> tuple[int, Layers]:
+    def load(self, rows: Sequence[Sequence[int]], *, salt: str, tenant: str) -> tuple[int, Layers]:
         """Return how many leading tokens are kept of each of these equally long rows, and their KV.
 
         The last token of a row is never among them: a model must compute something.

@@ -59,8 +59,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     retry_interval_s: _Seconds = 1.0
     """Time between two attempts to reach a daemon that is gone."""
     outermost: Literal["layers", "blocks"] = "layers"
-    """How vLLM is asked to lay out its cache: each layer by itself (its `LBHNC`), or all layers of a
-    block beside each other (`BLHNC`). Blocks are the same; vLLM's CPU platform knows layers only."""
+    """How vLLM is asked to lay out its cache: each layer by itself (its `LBHNC`), or all layers of
+    a block beside each other (`BLHNC`), which its CPU platform cannot. Blocks are the same."""
     device_copier: str | None = None
     """What copies between a GPU and the host: auto tries all at start and takes the fastest that is
     exact; batch, runs, triton, or torch, which is the reference. On a GPU it must be said, since no

@@ -1,7 +1,7 @@
 """Traces of our own: token ids for those who have prompts, and what `Recorder` writes.
 
 tokens: one object a line, `{"timestamp": s, "tokens": [...], "output_tokens": n}` and, if known,
-`"session"` and `"tenant"`. Only full blocks count. As in a daemon, tenants do not find each other's.
+`"session"` and `"tenant"`. Only full blocks count. Tenants do not find each other's.
 
 kvstrata: a first line `{"kvstrata_trace": 1, "block_tokens": n}`, then a line for each request with
 the keys of its blocks in hexadecimal: no tokens, so that a recording can be shared.
