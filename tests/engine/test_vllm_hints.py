@@ -32,9 +32,11 @@ def test_what_is_asked_is_read(hints) -> None:
                 "tokens_from": {},
                 "store": False,
                 "tenant": "team",
+                "pin_s": 60,
             }
         }
     )
+    assert found.pin_s == 60
     assert found.tenant == "team"
     assert found.retention == [Retention(end=64, priority=90)]
     assert not found.store
@@ -43,7 +45,8 @@ def test_what_is_asked_is_read(hints) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [7, {"retention": 3}, {"retention": [{"priority": "high"}]}, {"retention": [{"ttl_s": -1}]},
-     {"stor": True}, {"retention": [{}] * 1025}, {"retention": [{"start": 5, "end": 2}]}],
+     {"stor": True}, {"retention": [{}] * 1025}, {"retention": [{"start": 5, "end": 2}]},
+     {"pin_s": -1}, {"pin_s": 3601}, {"pin_s": True}],
 )  # fmt: skip
 def test_a_wrong_hint_is_logged_and_ignored(wrong, hints, caplog) -> None:
     assert hints.read_hints({"kvstrata": wrong}) == hints.RequestHints()
@@ -91,6 +94,44 @@ def test_requests_say_how_long_they_are_kept(engine_on, prompts, reference, capl
         assert ask(retention=[{"priority": 101}]) == 128
         assert "retention.priority: 101 is out of range" in caplog.text
         assert ask() == 256  # the wrong hint cost nothing
+
+
+def test_requests_say_what_is_pinned(engine_on, prompts, reference):
+    """Of 15 blocks in the host seven may be pinned: four of this prompt outlive any number more."""
+    prompt, expected = prompts[2], reference[2]
+    others = [[7 + number, *prompt[1:]] for number in range(6)]
+
+    def flood():
+        engine.ask(others, max_tokens=1)
+        engine.forget()
+
+    def ask(max_tokens=16, **hints):
+        """Return how many tokens of the prompt came from the host; they are not stored anew."""
+        (answer,) = engine.ask([prompt], max_tokens, sampling=asking(store=False, **hints))
+        engine.forget()
+        assert answer.tokens == expected[:max_tokens]
+        return answer.tokens_from["host"]
+
+    def pinned():
+        """Return how many blocks leases keep."""
+        with AdminClient(engine.connector.daemon_address) as admin:
+            return admin.stats()["node"]["leased_blocks"]
+
+    with engine_on({"tiers": "host:2MiB"}) as engine:
+        engine.ask([prompt])
+        flood()
+        assert ask() == 0, "not pinned, it is evicted"
+        # It ends in the step that saves its last block; the next one finds them all.
+        engine.ask([prompt], 1, sampling=asking(pin_s=600))
+        engine.wait_idle()
+        engine.ask([prompts[3]])
+        assert pinned() == 4
+        flood()
+        assert ask() == 256
+        assert ask(pin_s=0) == 256
+        assert pinned() == 0
+        flood()
+        assert ask() == 0
 
 
 def test_requests_say_whose_they_are(engine_on, prompts, reference):

@@ -83,7 +83,9 @@ import json, sys
 from kvstrata.core.config import Limits, NodeConfig, parse_tiers
 from kvstrata.runtime import daemon
 tiers, address, limits = sys.argv[1:]
-config = NodeConfig(parse_tiers(tiers), None, Limits(**json.loads(limits)))
+given = json.loads(limits)
+secret = given.pop("secret_file", None)
+config = NodeConfig(parse_tiers(tiers), secret, Limits(**given))
 daemon.serve(config, address, ready=lambda: print("serves", file=sys.stderr, flush=True))
 """
 
@@ -91,8 +93,9 @@ daemon.serve(config, address, ready=lambda: print("serves", file=sys.stderr, flu
 class SharedDaemon:
     """`kvstrata serve` in a process of its own.
 
-    `more` are options of the command; `limits` are `core.config.Limits` that it has none for, and
-    take the place of `more`. `python` and `environment` are another environment's.
+    `more` are options of the command; `limits` are `core.config.Limits` that it has none for (and
+    `secret_file`), and take the place of `more`. `python` and `environment` are another
+    environment's.
     """
 
     def __init__(

@@ -153,14 +153,19 @@ def start(sim, world, arguments, settle, shared_daemons, request) -> Iterator[Ca
     """Start engines with the connector; all are closed with the test.
 
     `manager`, `groups` and the rest go to the engine, `settings` to the connector. Engines of one
-    test and one layout share a daemon, and blocks if `weights` is the same.
+    test and one layout share a daemon, and blocks if `weights` and `changes`, what is different in
+    the engine's arguments, are the same.
     """
     from kvstrata.connectors.trtllm import KvstrataScheduler, KvstrataWorker
 
     opened = []
 
     def make(
-        *, weights: str | None = None, settings: dict[str, Any] | None = None, **options: Any
+        *,
+        weights: str | None = None,
+        settings: dict[str, Any] | None = None,
+        changes: dict[str, Any] | None = None,
+        **options: Any,
     ) -> Any:
         kind = f"{options.get('manager', 'v1')}{options.get('groups', 1)}"
         given = {
@@ -173,7 +178,8 @@ def start(sim, world, arguments, settle, shared_daemons, request) -> Iterator[Ca
         if "tiers" not in given and "address" not in given:
             given["address"] = shared_daemons(kind)
         settle(**given)
-        engine = sim.Engine(world, KvstrataScheduler, KvstrataWorker, arguments(), **options)
+        given_engine = arguments(**(changes or {}))
+        engine = sim.Engine(world, KvstrataScheduler, KvstrataWorker, given_engine, **options)
         opened.append(engine)
         return engine
 

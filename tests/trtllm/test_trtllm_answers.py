@@ -93,6 +93,31 @@ def test_tenants_share_nothing(start, sim, world, kind):
     assert found == {"a": [0, 24], "b": [0], "": [0]}
 
 
+@pytest.mark.parametrize(
+    ("weights", "changes"),
+    [
+        ("another commit", {}),
+        (None, {"dtype": "float32"}),
+        (None, {"cache": {"dtype": "fp8"}}),
+        (None, {"quant_config": {"quant_algo": "FP8"}}),
+        (None, {"attn_backend": "FLASHINFER"}),
+        (None, {"model_kwargs": {"rms_norm_eps": 1e-3}}),
+    ],
+    ids=["revision", "type", "kept-type", "quantised", "attention", "configuration"],
+)
+def test_what_differs_never_hits(start, sim, world, weights, changes):
+    """The simulated model is the same: only what the engine is told of it differs."""
+    for turn, (revision, given) in enumerate(
+        [(None, {}), (None, {}), (weights, changes), (weights, changes)]
+    ):
+        engine = start(weights=revision, changes=given, seed=turn)
+        request = sim.Request(1, prompt(30), 2)
+        engine.run(request)
+        assert request.external == (0, 24, 0, 24)[turn]
+        assert request.answer == world.answer(request.prompt, 2)
+        engine.close()
+
+
 def test_an_adapter_without_a_name_is_found_in_this_process_alone(start, sim, monkeypatch):
     from kvstrata.connectors.trtllm import requests
 

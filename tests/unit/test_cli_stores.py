@@ -55,11 +55,22 @@ def test_a_reader_that_leaves_early_is_no_error(slab) -> None:
     assert b"Traceback" not in told
 
 
-def test_a_terminal_sees_a_bar_and_stdout_stays_clean(slab) -> None:
+@pytest.mark.parametrize(
+    ("verb", "status", "lines", "last"),
+    [
+        ("verify", 1, 2, f"1 bad, {BLOCKS - 1} good\n"),
+        ("ls", 0, BLOCKS + 4, f"{8192 * BLOCKS} bytes\n"),
+        ("gc", 0, 1, "to reclaim\n"),
+    ],
+)
+def test_a_terminal_sees_a_bar_and_stdout_has_every_line(slab, verb, status, lines, last) -> None:
+    data = bytearray(slab.read_bytes())
+    data[data.index((1).to_bytes(8, "big") * 750)] ^= 1
+    slab.write_bytes(data)
     ours, theirs = pty.openpty()
     try:
         done = subprocess.run(
-            [*COMMAND, "verify", str(slab)],
+            [*COMMAND, verb, str(slab)],
             stdout=subprocess.PIPE,
             stderr=theirs,
             env=os.environ | {"TERM": "xterm"},
@@ -70,6 +81,9 @@ def test_a_terminal_sees_a_bar_and_stdout_stays_clean(slab) -> None:
     finally:
         os.close(ours)
         os.close(theirs)
-    assert done.returncode == 0
-    assert done.stdout.decode() == f"slab {slab}: {BLOCKS} good\n"
-    assert b"verify slab" in told
+    said = done.stdout.decode()
+    assert done.returncode == status
+    assert said.endswith(last)
+    assert len(said.splitlines()) == lines
+    assert "\x1b" not in said
+    assert (b"gc" if verb == "gc" else f"{verb} slab".encode()) in told

@@ -19,6 +19,7 @@ from kvstrata.policy import LruPolicy
 from kvstrata.pool import Pool
 from kvstrata.storage.arena import Arena
 from kvstrata.storage.codecs import CodecSettings, make_chain
+from kvstrata.storage.keyed import PutAnswer
 from kvstrata.storage.seal import seal
 from kvstrata.testing.keyed import FaultyKeyedStore, KeyedFaults, MemoryKeyedStore
 from kvstrata.transfer.backends.keyed import KeyedEnd
@@ -380,6 +381,69 @@ def test_a_failed_answer_is_no_answer(world) -> None:
     store.faults = KeyedFaults()
     node.now += 3.0
     assert node.load(1, 2) == 2, "it was not taken for absent"
+
+
+class LateView(MemoryKeyedStore):
+    """One machine's view of a store that several share, as NFS has it.
+
+    Puts are decided where the store is; what others have put or deleted shows only after `look`.
+    """
+
+    def __init__(self, shared: MemoryKeyedStore) -> None:
+        super().__init__()
+        self.shared = shared
+        self.look()
+
+    def look(self) -> None:
+        self.blocks = dict(self.shared.blocks)
+
+    def put(self, key, header, payload):
+        answer = self.shared.put(key, header, payload)
+        if answer is PutAnswer.CREATED:
+            self.blocks[key] = self.shared.blocks[key]
+        return answer
+
+    def delete(self, keys):
+        self.shared.delete(keys)
+        super().delete(keys)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_others_do_shows_late_and_no_wrong_block_is_served(world, seed) -> None:
+    luck = random.Random(seed)
+    shared = MemoryKeyedStore()
+    views = [LateView(shared), LateView(shared)]
+    nodes = [world(view, slots=6) for view in views]
+    loaded = 0
+    for _ in range(60):
+        node = luck.choice(nodes)
+        first = luck.choice([1, 101, 201])
+        chain = range(first, first + luck.randint(1, 4))
+        match luck.choice([*["store", "load", "load", "look"] * 3, "clear", "wait"]):
+            case "store":
+                node.store(*chain)
+                node.settle()
+            case "load":
+                node.manager.clear([HOST])
+                loaded += node.load(*chain)  # compares every byte
+                node.now += 3.0  # what missed what it had lets the tier rest
+            case "look":
+                luck.choice(views).look()
+            case "clear":
+                assert node.manager.clear([STORE]) >= 0
+                node.settle()
+            case "wait":
+                node.now += 11.0
+    assert loaded, "nothing was ever found"
+    for node in nodes:
+        node.settle()
+        assert not node.tier.doomed
+    node = world(LateView(shared))
+    for first in (1, 101, 201):
+        chain = range(first, first + 4)
+        there = [key(number) in shared.blocks for number in chain]
+        assert node.load(*chain) == (there.index(False) if False in there else 4)
+        node.now += 3.0
 
 
 # -- the mover by itself ---------------------------------------------------------------------------

@@ -6,6 +6,7 @@ before the first block is touched, so that what somebody else put there is refus
 
 from __future__ import annotations
 
+import re
 from typing import Final
 from zlib import crc32
 
@@ -28,6 +29,8 @@ MARKER_BYTES_MAX: Final = 4096
 
 _FIRST: Final = "kvstrata keyed store"
 _VERSION: Final = 1
+_LINES: Final = 4  # above the checksum's
+_FINGERPRINT: Final = re.compile("layout ([0-9a-f]{32})")
 _KEEP: Final = "kvstrata never changes it: use another place, or move what is there away"
 
 
@@ -56,9 +59,10 @@ def decode_marker(found: bytes, where: str) -> tuple[bytes, str]:
     _check_format(found, where)
     body, _, crc = found.rpartition(b"crc32 ")
     lines = body.decode("utf-8", "replace").splitlines()
-    if crc != b"%08x\n" % crc32(body) or len(lines) != 4:  # noqa: PLR2004  as `encode_marker`
+    named = _FINGERPRINT.fullmatch(lines[2]) if len(lines) == _LINES else None
+    if crc != b"%08x\n" % crc32(body) or named is None:
         raise LayoutError(f"{where}: its {MARKER_NAME} is damaged", hint=_KEEP)
-    return bytes.fromhex(lines[2].removeprefix("layout ")), lines[3]
+    return bytes.fromhex(named[1]), lines[3]
 
 
 def is_marker_begun(found: bytes) -> bool:

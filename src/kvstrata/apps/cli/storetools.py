@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,6 +33,7 @@ __all__ = ["list_blocks", "reclaim_place", "verify_place"]
 
 _FAULTS: Final = frozenset({Verdict.BAD, Verdict.UNREADABLE})
 _FINGERPRINT_BYTES: Final = 16
+ItemT = TypeVar("ItemT")
 _HEAD: Final = f"{'key':13}{'place':14}{'bytes':>12}{'block':>12}  {'codec':14}{'namespace':17}"
 
 
@@ -40,22 +41,7 @@ def list_blocks(place: str, *, as_json: bool) -> None:
     """Print a line for each block as it is found, then a summary."""
     with open_place(place) as stores:
         for store in stores:
-            if not as_json:
-                _write(f"{store.kind} {store.name}")
-                _write(f"layout {store.fingerprint.hex()}  {store.description}")
-                _write(f"{_HEAD}{'tenant':17}written")
-            blocks = stored_bytes = faulty = 0
-            for block in store.blocks():
-                blocks, stored_bytes = blocks + 1, stored_bytes + block.stored_bytes
-                faulty += bool(block.fault)
-                _write(json.dumps(_record(store, block)) if as_json else _line(block))
-            total = {"blocks": blocks, "stored_bytes": stored_bytes, "faulty_headers": faulty}
-            if as_json:
-                _write(json.dumps(_summary(store, total)))
-                continue
-            notes = [f"{faulty} with a header that is not to be believed"] if faulty else []
-            told = "; ".join([*notes, *store.notes()])
-            _write(f"{blocks} blocks, {stored_bytes} bytes" + (f"; {told}" if told else ""))
+            _list(store, as_json=as_json)
 
 
 def verify_place(place: str, secret_file: Path | None, *, quarantine: bool, as_json: bool) -> int:
@@ -66,7 +52,7 @@ def verify_place(place: str, secret_file: Path | None, *, quarantine: bool, as_j
         for store in stores:
             counts: Counter[Verdict] = Counter()
             quarantined = 0
-            with _progress(store) as checks:
+            with _progress(f"verify {store.kind}", store.verify(), store) as checks:
                 for checked in checks:
                     counts[checked.verdict] += 1
                     if checked.verdict not in _FAULTS:
@@ -96,14 +82,15 @@ def reclaim_place(
     size_bytes = None if size is None else parse_bytes(size, field="size")
     options = GcOptions(tuple(map(_fingerprint, keep)), size_bytes, dry_run)
     count = total = 0
-    for each in reclaim(place, options):
-        count, total = count + each.count, total + each.size_bytes
-        if as_json:
-            fields = {"what": each.what, "name": each.name, "count": each.count}
-            record = {"type": "reclaimed", **fields, "bytes": each.size_bytes}
-            _write(json.dumps(record))
-        elif each.count:
-            _write(f"{each.what}: {each.count}, {each.size_bytes} bytes  {each.name}")
+    with _progress("gc", reclaim(place, options)) as found:
+        for each in found:
+            count, total = count + each.count, total + each.size_bytes
+            if as_json:
+                fields = {"what": each.what, "name": each.name, "count": each.count}
+                record = {"type": "reclaimed", **fields, "bytes": each.size_bytes}
+                _write(json.dumps(record))
+            elif each.count:
+                _write(f"{each.what}: {each.count}, {each.size_bytes} bytes  {each.name}")
     if as_json:
         summary = {"type": "summary", "count": count, "bytes": total, "dry_run": dry_run}
         _write(json.dumps(summary))
@@ -111,6 +98,26 @@ def reclaim_place(
         _write("nothing to reclaim")
     else:
         _write(f"{'would reclaim' if dry_run else 'reclaimed'} {total} bytes")
+
+
+def _list(store: Inspected, *, as_json: bool) -> None:
+    if not as_json:
+        _write(f"{store.kind} {store.name}")
+        _write(f"layout {store.fingerprint.hex()}  {store.description}")
+        _write(f"{_HEAD}{'tenant':17}written")
+    blocks = stored_bytes = faulty = 0
+    with _progress(f"ls {store.kind}", store.blocks(), store, listed=True) as found:
+        for block in found:
+            blocks, stored_bytes = blocks + 1, stored_bytes + block.stored_bytes
+            faulty += bool(block.fault)
+            _write(json.dumps(_record(store, block)) if as_json else _line(block))
+    total = {"blocks": blocks, "stored_bytes": stored_bytes, "faulty_headers": faulty}
+    if as_json:
+        _write(json.dumps(_summary(store, total)))
+        return
+    notes = [f"{faulty} with a header that is not to be believed"] if faulty else []
+    told = "; ".join([*notes, *store.notes()])
+    _write(f"{blocks} blocks, {stored_bytes} bytes" + (f"; {told}" if told else ""))
 
 
 def _write(line: str) -> None:
@@ -176,8 +183,10 @@ def _told(store: Inspected, checked: Checked, *, as_json: bool) -> str:
 
 
 @contextmanager
-def _progress(store: Inspected) -> Iterator[Iterator[Checked]]:
-    """Show a bar on stderr while blocks are checked, if somebody is looking."""
+def _progress(
+    what: str, items: Iterator[ItemT], store: Inspected | None = None, *, listed: bool = False
+) -> Iterator[Iterator[ItemT]]:
+    """Show a bar on stderr while items come, if somebody looks, and not at a list of them."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -185,17 +194,22 @@ def _progress(store: Inspected) -> Iterator[Iterator[Checked]]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
+    watched = sys.stdout.isatty()
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal or (listed and watched),
+        redirect_stdout=watched,  # above the bar; elsewhere it would end on stderr, too
     ) as bar:
-        task = bar.add_task(f"verify {store.kind}", total=store.total)
+        task = bar.add_task(what, total=store.total if store else None)
 
-        def checks() -> Iterator[Checked]:
-            for each in store.verify():
+        def counted() -> Iterator[ItemT]:
+            for each in items:
                 yield each
-                bar.update(task, advance=1, total=store.total)
+                bar.update(task, advance=1, total=store.total if store else None)
 
-        yield checks()
+        yield counted()
 
 
 def _secrets(path: Path | None) -> list[bytes]:

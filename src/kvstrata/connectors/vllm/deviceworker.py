@@ -170,6 +170,9 @@ class DeviceWorker(WorkerHalf):
         pages, stride = pages_of(cache, name, tensor)
         return DeviceLayer(tensor, pages, stride, cache.page_bytes)
 
+    def _try_copies(self, tensors: list[list[torch.Tensor]]) -> None:
+        """Leave it to `choose_all`, which tries each copier on memory of its own."""
+
     def _copier(self, arena: Arena, held: BlockLayout) -> Any:
         if held != self._layout:
             raise LayoutError(

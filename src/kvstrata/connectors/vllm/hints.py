@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -15,6 +15,8 @@ __all__ = ["RequestHints", "hints_for", "read_hints"]
 
 log = logging.getLogger("kvstrata.vllm")
 
+_PIN_S_MAX: Final = 3600.0  # as the daemon's leases, unless it was told otherwise
+
 
 class RequestHints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The value of `kvstrata` in a request's `kv_transfer_params`."""
@@ -23,6 +25,9 @@ class RequestHints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How long ranges of its tokens are to be kept, those that it generates included."""
     tenant: Annotated[str, msgspec.Meta(max_length=TENANT_NAME_MAX)] | None = None
     """Whose it is: who is charged, and finds it. None takes the engine's `tenant` setting."""
+    pin_s: Annotated[float, msgspec.Meta(ge=0, le=_PIN_S_MAX)] | None = None
+    """For so long from its end nothing evicts its blocks from the host; 0 ends that; None asks for
+    nothing."""
     store: bool = True
     """False: what this request computes is not kept."""
     tokens_from: Any = None

@@ -30,6 +30,7 @@ from kvstrata.connectors.vllm.metadata import (
 )
 from kvstrata.connectors.vllm.metrics import ConnectorStats, split_by_tier
 from kvstrata.connectors.vllm.pace import ASK_AGAIN_S, Pace
+from kvstrata.connectors.vllm.pins import Pins
 from kvstrata.connectors.vllm.states import chains, save_states
 from kvstrata.core.errors import CallRefusedError, DaemonError
 from kvstrata.core.ids import SequenceHash
@@ -123,6 +124,7 @@ class SchedulerHalf:
         self._weights_changed = False
         self._resets = self._renewals = 0
         self._last_step = self._tainted_until = 0
+        self._pins = Pins(session, self._note)
 
     def fence(self, pids: Sequence[int]) -> None:
         """Learn which processes will fill slots; until the daemon knows, nothing is saved."""
@@ -212,6 +214,7 @@ class SchedulerHalf:
         self._pace.planned(computes=bool(output.num_scheduled_tokens))
         self._release(self._missed)
         self._missed = []
+        self._pins.take()
         self._measure(plan, output)
         loading = (job.request for job in plan.loads)
         plan.adapters = self._adapters.plan(self._adapters_of(output.num_scheduled_tokens, loading))
@@ -273,6 +276,7 @@ class SchedulerHalf:
             (job.epoch, wire.Abort(job.name, job.slots)) for job in (*spoiled, *report.unsaved)
         ]
         self._tell([call for epoch, call in calls if epoch == self.session.epoch])
+        self._pins.take()
 
     def finished(self, request: Request) -> dict[str, Any] | None:
         """Forget a request; return where its tokens came from, for vLLM to pass to the caller."""
@@ -280,6 +284,9 @@ class SchedulerHalf:
         if tracked is None:
             return None
         tracked.finished = True
+        if self._holds(tracked) and not self._cache.state_groups:  # a hit needs a state, too
+            blocks = request.num_prompt_tokens // self._block_tokens
+            self._pins.ask(tracked.epoch, tracked.hashes, blocks, tracked.hints.pin_s)
         if not tracked.loading:  # else the worker still reads what the daemon holds for it
             self._release([tracked])
             del self._requests[request.request_id]

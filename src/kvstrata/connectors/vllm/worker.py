@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from kvstrata.connectors.vllm.adapters import LoadedAdapters
 from kvstrata.connectors.vllm.bridged import BridgedPages
+from kvstrata.connectors.vllm.canary import fly_canary
 from kvstrata.connectors.vllm.geometry import FP8_TENSORS
 from kvstrata.connectors.vllm.grouped import GroupedPages
 from kvstrata.connectors.vllm.metadata import LoadJob, SaveJob, StepPlan, StepReport
@@ -94,6 +95,7 @@ class WorkerHalf:
                 "layers have different numbers of pages",
                 hint="this engine's KV layout is unknown to kvstrata; run without the connector",
             )
+        self._try_copies([[caches[name] for name in names] for names in layer_names])
 
     def load(self, plan: StepPlan) -> None:
         """Fill the pages of every load in `plan`."""
@@ -168,12 +170,20 @@ class WorkerHalf:
         """Return one layer's pages, as `_copier` wants them."""
         return _view(cache, name, tensor)
 
+    def _try_copies(self, tensors: list[list[torch.Tensor]]) -> None:
+        """Copy made-up pages out and back; raises LayoutError if other bytes come."""
+        fly_canary(self._cache, self._layout, tensors, self._plain_copier)
+
+    def _plain_copier(self, arena: Arena) -> GroupedPages | StatePages:
+        """Return what copies between the engine's pages and blocks of its own layout."""
+        if self._cache.state_groups:
+            return StatePages(self._cache, self._layout, self._pages, arena)
+        return GroupedPages(self._cache, self._layout, self._pages, arena, self._rank, self._held)
+
     def _copier(self, arena: Arena, held: BlockLayout) -> GroupedPages | BridgedPages | StatePages:
         """Return what copies between the engine's pages and blocks of the layout `held`."""
-        if self._cache.state_groups:
-            return StatePages(self._cache, held, self._pages, arena)
-        if held == self._layout:
-            return GroupedPages(self._cache, held, self._pages, arena, self._rank, self._held)
+        if self._cache.state_groups or held == self._layout:
+            return self._plain_copier(arena)
         log.info("kvstrata re-arranges blocks of %s", held.describe())
         (group,), (layers,) = self._cache.groups, self._pages  # only such caches ask for a bridge
         pages = [layers[run.place] for run in self._cache.runs(self._layout.block_tokens)]
