@@ -278,3 +278,46 @@ def test_what_vllm_has_not_named_yet_is_not_told_of():
     (event,) = told.take(session)
     assert event.token_ids == list(range(200, 232))
     assert stats.data == {"untold_blocks": 1}
+
+
+@pytest.mark.parametrize(
+    ("version", "hash_tokens", "windows", "said"),
+    [
+        ("0.32.0", 16, [0, 64], ""),
+        ("0.32.0", 32, [0], "a hash each 32 tokens only"),
+        ("0.31.0", 16, [64], "several cache groups or windows with vLLM 0.31.0"),
+        ("0.31.0", 16, [0], ""),
+    ],
+)
+def test_events_that_were_not_tried_are_not_made(
+    monkeypatch, caplog, version, hash_tokens, windows, said
+):
+    from types import SimpleNamespace
+
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from kvstrata.connectors.vllm import events, releases
+    from kvstrata.connectors.vllm.metrics import ConnectorStats
+    from kvstrata.layout import GroupedCache
+
+    cache = GroupedCache(
+        tuple(layers((place,), 16, window) for place, window in enumerate(windows))
+    )
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float16)
+    groups = [SimpleNamespace(kv_cache_spec=spec) for _ in windows]
+    monkeypatch.setattr(releases.vllm, "__version__", version)
+    monkeypatch.setattr(
+        events, "resolve_kv_cache_block_sizes", lambda *_: (hash_tokens, hash_tokens)
+    )
+    with caplog.at_level("WARNING", "kvstrata.vllm"):
+        made = releases.tier_events(
+            None,
+            SimpleNamespace(kv_cache_groups=groups),
+            cache,
+            cache.block_layout(32),
+            ConnectorStats(),
+            Followed(),
+        )
+    assert (made is None) == bool(said)
+    assert said in caplog.text

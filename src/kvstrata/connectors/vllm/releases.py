@@ -3,7 +3,8 @@
 * With 0.31 no model that takes media or keeps states was run, nothing was moved layer by layer, and
   `KvstrataTier` was not tried, so they are refused there.
 * 0.31 has no sources of hits by tier (`vllm.v1.metrics.cache_hit_source`) and never asks for them.
-* What KV events are made of has moved and grown from release to release.
+* What KV events are made of has moved and grown from release to release; those of several cache
+  groups were not tried with 0.31.
 """
 
 from __future__ import annotations
@@ -74,6 +75,13 @@ def tier_events(
         from kvstrata.connectors.vllm.events import TierEvents, event_words
     except ImportError as error:
         log.warning("kvstrata publishes no KV events with this vLLM: %s", error)
+        return None
+    if not cache.is_whole and not is_newest():
+        log.warning(
+            "kvstrata publishes no KV events for a model with several cache groups or windows "
+            "with vLLM %s",
+            vllm.__version__,
+        )
         return None
     words = event_words(config, kv_cache_config, cache, layout)
     if any(group.page_tokens % words.hash_tokens for group in words.groups):
