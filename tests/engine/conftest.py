@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -235,3 +236,91 @@ def reference(engine_on: EngineFactory, prompts: list[list[int]]) -> list[tuple[
     """The answers of vLLM without kvstrata."""
     with engine_on() as engine:
         return [answer.tokens for answer in engine.ask(prompts)]
+
+
+class Router:
+    """What one who subscribes to vLLM's KV events believes of kvstrata's tiers."""
+
+    def __init__(self, subscriber: Any) -> None:
+        self.held: dict[tuple[str, int], set[Any]] = {}
+        """By tier and by vLLM's cache group, the names of the pages there."""
+        self.groups: dict[int, tuple[str, int, int | None]] = {}
+        """Of each group its kind, the tokens of a page, and its window."""
+        self._subscriber = subscriber
+        self._next: dict[tuple[Any, tuple[int, ...]], Any] = {}  # names by parent and tokens
+
+    def received(self) -> list[Any]:
+        """Return the events that came, after they were believed."""
+        import msgspec
+        from vllm.distributed.kv_events import KVEventBatch
+
+        told: list[Any] = []
+        while self._subscriber.poll(300):
+            data = self._subscriber.recv_multipart()[-1]
+            told += msgspec.msgpack.decode(data, type=KVEventBatch).events
+        for each in told:
+            if not (getattr(each, "ownership", None) or "").startswith("kvstrata."):
+                continue
+            held = self.held.setdefault((each.ownership, each.group_idx), set())
+            if hasattr(each, "token_ids"):
+                held.update(each.block_hashes)
+                self._learn(each)
+            else:
+                assert held.issuperset(each.block_hashes), "removed, and never told of"
+                held.difference_update(each.block_hashes)
+        return told
+
+    def _learn(self, stored: Any) -> None:
+        size = stored.block_size
+        self.groups[stored.group_idx] = (
+            stored.kv_cache_spec_kind, size, stored.kv_cache_spec_sliding_window,
+        )  # fmt: skip
+        parent = stored.parent_block_hash
+        for place, name in enumerate(stored.block_hashes):
+            tokens = tuple(stored.token_ids[place * size : (place + 1) * size])
+            self._next[parent, tokens] = parent = name
+
+    def tokens(self, prompt: Sequence[int], owner: str) -> int:
+        """Return how many leading tokens of a prompt a tier has, by vLLM's rules for a hit."""
+        best = 0
+        for end in range(len(prompt) + 1 if self.groups else 0):
+            needed = [self._needed(prompt, end, *group) for group in self.groups.values()]
+            held = (self.held.get((owner, group), set()) for group in self.groups)
+            if all(names and names <= has for names, has in zip(needed, held, strict=True)):
+                best = end
+        return best
+
+    def _needed(
+        self, prompt: Sequence[int], end: int, kind: str, size: int, window: int | None
+    ) -> set[Any]:
+        """Return the pages that one group needs for a hit of `end` tokens; none if it has none."""
+        if end % size:
+            return set()
+        pages = end // size
+        first = {
+            "full_attention": 0,
+            "sliding_window": max(0, end - (window or 0) + 1) // size,
+            "mamba": pages - 1,
+        }[kind]
+        names, parent = [], None
+        for page in range(pages):
+            parent = self._next.get((parent, tuple(prompt[page * size : (page + 1) * size])), "?")
+            names.append(parent)
+        return set(names[first:])
+
+
+@pytest.fixture
+def router_at() -> Callable[[str], AbstractContextManager[Router]]:
+    """`with router_at(address) as router:` subscribes to vLLM's publisher, from outside."""
+    import zmq
+
+    @contextmanager
+    def subscribe(address: str) -> Iterator[Router]:
+        with zmq.Context() as context, context.socket(zmq.SUB) as subscriber:
+            subscriber.linger = 0
+            subscriber.connect(address)
+            subscriber.subscribe("")
+            time.sleep(0.3)  # until the publisher knows of it
+            yield Router(subscriber)
+
+    return subscribe

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import time
 
 import pytest
 
 from kvstrata.core.errors import LayoutError
+from kvstrata.runtime.admin import AdminClient
 
 pytestmark = pytest.mark.engine
 
@@ -154,6 +158,69 @@ def test_chunks_of_a_prompt_that_end_inside_pages(engine_on, hybrid, prompts, al
     assert _from(warm, "host") == HITS
 
 
+def test_a_router_learns_from_events_what_every_group_has(
+    engine_on, hybrid, prompts, router_at, tmp_path
+):
+    """Four groups, whose pages differ in length; a block has the pages of all of them."""
+    from vllm.config import KVEventsConfig
+
+    address = f"ipc://{tmp_path}/events.sock"
+    published = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=address)
+    extra = {"tiers": f"host:1200KiB,disk:{tmp_path / 'kv'}:64MiB"}  # the host has few slots
+    first, second = prompts[LENGTHS.index(193)], prompts[LENGTHS.index(400)]
+    with (
+        engine_on(extra, model=hybrid(_gemma4), kv_events_config=published) as engine,
+        router_at(address) as router,
+    ):
+
+        def ask(prompt):
+            """Return the answer and the events of it, after everything is on disk."""
+            (answer,) = engine.ask([prompt])
+            engine.wait_idle()
+            engine.forget()
+            time.sleep(0.15)  # the daemon is asked again
+            engine.ask([[7] * 5], max_tokens=2)
+            told = router.received()
+            with AdminClient(engine.connector.daemon_address) as admin:
+                tiers = admin.stats()["node"]["tiers"]
+            for tier in ("host", "disk"):
+                kept = tiers[tier]["total"] - tiers[tier]["free"]
+                for group, (_, size, _) in router.groups.items():
+                    believed = router.held[f"kvstrata.{tier}", group]
+                    assert len(believed) == kept * 64 // size, (tier, group)
+            return answer, told
+
+        cold, told = ask(first)
+        assert sorted(router.groups.values()) == [
+            ("full_attention", 32, None), *[("sliding_window", 64, 100)] * 3,
+        ]  # fmt: skip
+        (full,) = (group for group, said in router.groups.items() if said[2] is None)
+        own = [
+            name
+            for each in told
+            if hasattr(each, "token_ids") and each.medium == "GPU" and each.group_idx == full
+            for name in each.block_hashes
+        ][:6]
+        for group in router.groups:
+            step = 1 if group == full else 2
+            names = {frozenset(router.held[f"kvstrata.{tier}", group]) for tier in ("host", "disk")}
+            assert names == {frozenset(own[step - 1 :: step])}, "vLLM's own names"
+        assert router.tokens(first, "kvstrata.host") == 192
+        warm, _ = ask(first)
+        assert warm.tokens == cold.tokens
+        assert warm.tokens_from["host"] == 192, "as a router believed"
+        _, told = ask(second)
+        gone = [each for each in told if type(each).__name__ == "BlockRemoved"]
+        gone = [each for each in gone if each.ownership == "kvstrata.host"]
+        assert {each.group_idx for each in gone} == set(router.groups), "evicted from all of them"
+        assert router.tokens(first, "kvstrata.host") < 192
+        assert router.tokens(first, "kvstrata.disk") == 192
+        os.kill(engine.connector.daemon_pid, signal.SIGKILL)
+        engine.ask([[7] * 5], max_tokens=4)
+        router.received()
+        assert not any(router.held.values()), "nobody can follow it now"
+
+
 @TWO
 def test_blocks_written_while_decoding_are_kept(engine_on, hybrid, prompts, make):
     first = prompts[5]
@@ -185,7 +252,7 @@ def test_pressure_preempts_evicts_and_answers_the_same(
     }
     with engine_on(**options) as engine:
         expected = _tokens(engine.ask(many, max_tokens=80))
-    extra = {"tiers": f"host:1500KiB,disk:{tmp_path}:64MiB"}
+    extra = {"tiers": f"host:1200KiB,disk:{tmp_path}:64MiB"}
     with engine_on(extra, **options) as engine:
         for _ in range(3):
             assert _tokens(engine.ask(many, max_tokens=80)) == expected

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 from pathlib import Path
 
 import pytest
 from kit import SharedDaemon, write_qwen3_next
+
+from kvstrata.runtime.admin import AdminClient
 
 pytestmark = pytest.mark.engine
 
@@ -203,6 +206,57 @@ def _forget(engine, key):
     from kvstrata.runtime import messages as wire
 
     return engine.connector._scheduler.session.call(wire.Forget(key), wire.Cleared).blocks
+
+
+def test_a_router_learns_from_events_where_states_are(
+    engine_on, qwen, prompts, router_at, tmp_path
+):
+    """Attention's blocks and states are told of in groups of their own, and a hit needs both."""
+    from vllm.config import KVEventsConfig
+
+    address = f"ipc://{tmp_path}/events.sock"
+    published = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=address)
+    first, second = prompts[LENGTHS.index(200)], prompts[LENGTHS.index(300)]
+    with (
+        engine_on(
+            {"tiers": "host:128MiB"}, model=qwen, kv_events_config=published, **OPTIONS
+        ) as engine,
+        router_at(address) as router,
+    ):
+
+        def ask(*asked):
+            """Return how many tokens of each answer were loaded, after events have come."""
+            answers = engine.ask(asked, 8)
+            engine.forget()
+            time.sleep(0.15)  # the daemon is asked again
+            engine.ask([[7] * 5], max_tokens=2)
+            router.received()
+            with AdminClient(engine.connector.daemon_address) as admin:
+                host = admin.stats()["node"]["tiers"]["host"]
+            believed = sum(map(len, router.held.values()))
+            assert believed == host["total"] - host["free"], "each block and each state"
+            return _from(answers, "host")
+
+        def believed(*asked):
+            return [router.tokens(prompt, "kvstrata.host") for prompt in asked]
+
+        assert ask(first, second) == [0, 0]
+        kinds = sorted(kind for kind, size, _ in router.groups.values() if size == PAGE)
+        assert kinds == ["full_attention", "mamba", "mamba", "mamba"]
+        (full,) = (group for group, said in router.groups.items() if said[0] != "mamba")
+        held = {group: len(router.held["kvstrata.host", group]) for group in router.groups}
+        assert held == {group: 5 if group == full else 2 for group in router.groups}
+        shorter = [*second[:200], 5]  # attention's blocks of it are there, but no state
+        assert believed(first, second, shorter) == [192, 288, 0]
+        assert ask(first, second) == [192, 288], "as a router believed"
+        _forget(engine, _keys(engine, first)[1])
+        ask([5] * 20)
+        assert len(router.held["kvstrata.host", full]) == 5
+        assert believed(first, second, shorter) == [0, 288, 0]
+        assert ask(first, second) == [0, 288], "and as it believed again"
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        assert ask([5] * 20) == [0]
+        assert not any(router.held.values())
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import sys
 import threading
@@ -138,6 +139,85 @@ def test_blocks_come_from_disk_after_a_restart(engine_on, prompts, reference, tm
         assert tier.statistics()["found"] == CANARY
         with AdminClient(tier.daemon_address) as admin:
             assert admin.stats()["node"]["counters"]["corrupt_blocks"] >= len(prompts)
+
+
+def settled(engine, tier, router):
+    """Return the events up to a later step, and how many blocks are, and are believed to be, in
+    the host and on disk."""
+    for _ in range(2):  # vLLM hands on what a step has computed in a later one
+        engine.ask([[7] * 5], max_tokens=4)
+        tier._keeper.drain()
+    with AdminClient(tier.daemon_address) as admin:
+        admin.wait_idle(30)
+        tiers = admin.stats()["node"]["tiers"]
+    for _ in range(2):  # in the first of them the daemon is asked again
+        time.sleep(0.15)
+        engine.ask([[7] * 5], max_tokens=4)
+    told = router.received()
+    held = [router.held.get((f"kvstrata.{name}", 0), ()) for name in ("host", "disk")]
+    kept = [tiers[name]["total"] - tiers[name]["free"] for name in ("host", "disk")]
+    return told, kept, [len(each) for each in held]
+
+
+def test_an_outside_subscriber_sees_what_the_tier_holds(
+    engine_on, make_llama, prompts, reference, router_at, tmp_path
+):
+    """Over vLLM's own publisher, in the words that vLLM has for its own tiers."""
+    from vllm.config import KVEventsConfig
+
+    address = f"ipc://{tmp_path}/events.sock"
+    published = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=address)
+    config = transfer(tiers=f"host:512KiB,disk:{tmp_path / 'kv'}:64MiB")  # room for 8 in the host
+    config.kv_connector_extra_config["self_describing_kv_events"] = True
+    with (
+        engine_on(kv_transfer_config=config, kv_events_config=published) as engine,
+        router_at(address) as router,
+    ):
+        (tier,) = engine.connector.scheduler.manager.secondary_tiers
+
+        def settle():
+            return settled(engine, tier, router)
+
+        def ask(index):
+            (answer,) = engine.ask(prompts[index : index + 1])
+            assert answer.tokens == reference[index]
+            return settle()
+
+        told, kept, held = ask(1)
+        assert held == kept == [4, 4]
+        own = [name for each in told if each.medium == "GPU" for name in each.block_hashes][:4]
+        for where, medium in (("host", "CPU"), ("disk", "STORAGE")):
+            ours = [each for each in told if each.ownership == f"kvstrata.{where}"]
+            assert {name for each in ours for name in each.block_hashes} == set(own)
+            assert {(each.medium, each.locality) for each in ours} == {(medium, "LOCAL")}
+            assert router.tokens(prompts[1], f"kvstrata.{where}") == 128
+        assert router.groups == {0: ("full_attention", 32, None)}
+        told, kept, held = ask(2)  # takes slots of the host
+        assert held == kept
+        gone = [each for each in told if not hasattr(each, "token_ids") and each.ownership]
+        assert {name for each in gone for name in each.block_hashes} <= set(own)
+        assert {(each.medium, each.ownership) for each in gone} == {("CPU", "kvstrata.host")}
+        assert router.tokens(prompts[1], "kvstrata.host") < 128
+        assert router.tokens(prompts[1], "kvstrata.disk") == 128
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        _, still, held = settle()
+        assert still == kept, "the daemon knows nothing of the reset"
+        assert held == [0, 0], "but nobody can load them any more"
+        _, _, held = ask(1)
+        assert held == [4, 4]
+        model = make_llama(tmp_path / "other", seed=1)
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(model)})
+        engine.ask(prompts[:1])
+        assert settle()[2] == [0, 0], "of other weights"
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        engine.ask(prompts[1:2])
+        assert settle()[2] == [4, 4], "it goes on"
+        os.kill(tier.daemon_pid, signal.SIGKILL)
+        for _ in range(3):
+            time.sleep(0.15)
+            engine.ask([[7] * 5], max_tokens=4)
+        router.received()
+        assert not any(router.held.values()), "nobody can follow it now"
 
 
 def test_a_lost_daemon_costs_time_only(engine_on, prompts, reference, daemon):
@@ -478,3 +558,63 @@ def test_weights_that_cannot_be_seen_are_refused(engine_on, monkeypatch):
     monkeypatch.setattr(tier, "calling_model", lambda: None)  # as with vLLM's other executors
     with pytest.raises(ConfigError, match="cannot see the model's weights"), tiered(engine_on, {}):
         pass
+
+
+def test_only_what_can_be_loaded_is_told_of():
+    """In vLLM's words, whether it remembers what a key stands for or has the hash alone."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import (
+        OffloadingEventsTracker,
+    )
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+    from vllm.v1.kv_offload.base import OffloadingKVEventsConfig, make_offload_key
+
+    from kvstrata.connectors.following import Moved
+    from kvstrata.connectors.vllm.tiering.events import RowEvents, RowName
+
+    hashes = [bytes([place]) * 32 for place in range(3)]
+    keys = [make_offload_key(each, 0) for each in hashes]
+    places = {maybe_convert_block_hash(each): place for place, each in enumerate(hashes)}
+    vllm = OffloadingEventsTracker(
+        OffloadingKVEventsConfig(enable_kv_cache_events=True, self_describing_kv_events=False)
+    )
+    rows = RowEvents()
+
+    def take(mark, *moves):
+        """Return (tier, whether stored, blocks) of each event that vLLM makes."""
+        moved = [
+            Moved(tier, stored, [RowName(of, keys[place]) for place in which])
+            for tier, stored, of, which in moves
+        ]
+        return sorted(
+            (each.ownership, hasattr(each, "token_ids"), places[name])
+            for each in vllm.take_events(rows.take(mark, moved))
+            for name in each.block_hashes
+        )
+
+    host, disk = "kvstrata.host", "kvstrata.disk"
+    assert take("", ("host", True, "", [0, 1]), ("disk", True, "", [0])) == [
+        (disk, True, 0), (host, True, 0), (host, True, 1),
+    ]  # fmt: skip
+    assert take("", ("host", True, "", [1, 2]), ("host", True, "other", [0])) == [(host, True, 2)]
+    assert take("", ("host", False, "", [0]), ("host", False, "", [0])) == [(host, False, 0)]
+    assert take("") == []
+    after = take("next", ("host", True, "", [0]), ("host", True, "next", [1]))
+    assert after == [
+        (disk, False, 0), (host, False, 1), (host, False, 2), (host, True, 1),
+    ], "what was kept before a reset is of no use"  # fmt: skip
+    assert take("next", ("host", False, "", [1])) == [], "that of before the reset"
+    assert take(None, ("host", True, "next", [0])) == [(host, False, 1)], "weights have changed"
+    assert take(None, ("host", False, "next", [0, 1])) == []
+
+
+def test_events_that_vllm_would_tell_half_of_are_not_made():
+    from kvstrata.connectors.vllm.tiering.events import publishes
+
+    def answer(*, wanted, described, pages):
+        asked = SimpleNamespace(enable_kv_cache_events=wanted, self_describing_kv_events=described)
+        return publishes(SimpleNamespace(kv_events_config=asked, blocks_per_chunk=pages))
+
+    assert answer(wanted=True, described=True, pages=1)
+    assert answer(wanted=True, described=False, pages=4)
+    assert not answer(wanted=True, described=True, pages=2)
+    assert not answer(wanted=False, described=False, pages=1)

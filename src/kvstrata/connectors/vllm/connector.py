@@ -106,7 +106,9 @@ class KvstrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc] 
         )
         published = vllm_config.kv_events_config
         if published and published.enable_kv_cache_events:
-            self._scheduler.events = tier_events(cache, layout, self._scheduler.stats, session)
+            self._scheduler.events = tier_events(
+                vllm_config, kv_cache_config, cache, layout, self._scheduler.stats, session
+            )
         if isinstance(self._scheduler, SameStepScheduler):
             self._same_step = self._scheduler
         if not vllm_config.cache_config.enable_prefix_caching:

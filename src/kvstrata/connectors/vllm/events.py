@@ -1,20 +1,23 @@
 """vLLM's KV events for the blocks in our tiers: who routes by events learns what is kept below.
 
-The daemon says which keys came to a tier and left it; what they stand for, in vLLM's own hashes
-and tokens, is known for prompts that this engine has served. So events tell of those only, of
-each block once while it is there. What cannot be followed any more (too many blocks, a daemon that
-is gone, something missed, new weights) is told of as removed: a router that knows too little costs
-time, one that believes too much costs more.
-Owner: the engine core's thread. Every call to the daemon is bounded, and none is made before the
-interval has passed.
+What the daemon holds is followed by key (`connectors/following.py`); here keys get vLLM's words.
+vLLM names each page of each of its cache groups, and its events say of which group. A block of ours
+is told of in every group whose pages it has:
+
+    all layers' pages in one block      an event for each group, of the same tokens
+    models with states                  attention's blocks in its group, a state in its own
+
+So who knows vLLM's rules of what a hit needs in each group (its events say kind and window) can
+tell how far a prefix goes, and an event never says more than that its own group's KV is there.
+New weights make everything kept worthless: then it is told of as removed.
+Owner: the engine core's thread.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vllm.distributed.kv_events import (
     BlockRemoved,
@@ -24,44 +27,106 @@ from vllm.distributed.kv_events import (
 from vllm.v1.core.kv_cache_utils import (
     generate_block_hash_extra_keys,
     maybe_convert_block_hash,
+    resolve_kv_cache_block_sizes,
     to_event_extra_keys,
 )
+from vllm.v1.kv_cache_interface import (
+    get_kv_cache_spec_kind,
+    get_kv_cache_spec_sliding_window,
+)
 
+from kvstrata.connectors.following import INTERVAL_S, Follower, Moved, is_local
 from kvstrata.connectors.vllm.metrics import ConnectorStats
-from kvstrata.core.errors import DaemonError
+from kvstrata.connectors.vllm.states import chains
 from kvstrata.core.ids import SequenceHash
-from kvstrata.core.tier import DISK, HOST
-from kvstrata.runtime.messages import split_hashes
+from kvstrata.core.tier import HOST
+from kvstrata.layout import BlockLayout, GroupedCache
 from kvstrata.runtime.session import Session
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
-__all__ = ["OWNER", "TierEvents"]
+__all__ = ["OWNER", "EventGroup", "EventWords", "TierEvents", "event_words"]
 
 OWNER: Final = "kvstrata"
 """Events' `ownership`, with the tier behind a dot."""
-_INTERVAL_S: Final = 0.1
-_ANSWERS_MAX: Final = 4
-"""Questions in one step; a longer record is read in the next ones."""
-_KNOWN_MAX: Final = 1 << 15
-"""Blocks that are remembered without having been told of, and as many that were."""
-
-
 _FIELDS: Final = frozenset(BlockRemoved.__struct_fields__)
 
 
-@dataclass(slots=True)
-class _Block:
-    """What a block of ours is in vLLM's words."""
+class EventGroup(NamedTuple):
+    """One of vLLM's cache groups, as its events name it."""
 
-    hashes: list[Any]  # of its pages
+    number: int
+    """Its place among the engine's groups."""
+    page_tokens: int
+    """Tokens in one of its pages."""
+    kind: str
+    """vLLM's word for how its layers attend."""
+    window: int | None
+    """How many tokens they see, None for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class EventWords:
+    """How an engine's blocks are called in vLLM's events."""
+
+    cache: GroupedCache
+    """The engine's groups."""
+    block_tokens: int
+    """Tokens in a block."""
+    hash_tokens: int
+    """Tokens behind each of which vLLM has a hash; all groups' pages are multiples of it."""
+    groups: tuple[EventGroup, ...]
+    """The groups again, in vLLM's words."""
+
+    @property
+    def chains(self) -> list[tuple[EventGroup, ...]]:
+        """Return for each chain of keys (see `states.chains`) the groups whose KV it holds."""
+        states = self.cache.state_groups
+        pages = tuple(group for group in self.groups if group.number not in states)
+        return [pages, *((self.groups[number],) for number in states)]
+
+
+def event_words(
+    config: VllmConfig, kv_cache_config: KVCacheConfig, cache: GroupedCache, layout: BlockLayout
+) -> EventWords:
+    """Return how the blocks of an engine are called."""
+    _, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, config)
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    groups = [
+        EventGroup(
+            number,
+            group.cache.page_tokens,
+            str(get_kv_cache_spec_kind(spec).value),
+            get_kv_cache_spec_sliding_window(spec),
+        )
+        for number, (group, spec) in enumerate(zip(cache.groups, specs, strict=True))
+    ]
+    return EventWords(cache, layout.block_tokens, hash_tokens, tuple(groups))
+
+
+class _Pages(NamedTuple):
+    """A block's pages of one length, in vLLM's words."""
+
+    hashes: list[Any]
     parent: Any | None  # of the page before
+    extra_keys: list[Any] | None
+
+
+class _Block(NamedTuple):
+    """What a block of ours is in vLLM's words, whatever its group."""
+
     tokens: list[int]
     lora_id: int | None
     lora_name: str | None
-    extra_keys: list[Any] | None
-    tiers: set[str] = field(default_factory=set)  # where it was told to be
+    pages: dict[int, _Pages]  # by their tokens
+
+
+class _Name(NamedTuple):
+    block: _Block
+    groups: tuple[EventGroup, ...]
 
 
 class TierEvents:
@@ -69,161 +134,110 @@ class TierEvents:
 
     def __init__(
         self,
-        page_tokens: int,
-        block_tokens: int,
+        words: EventWords,
         stats: ConnectorStats,
         *,
-        known_max: int = _KNOWN_MAX,
+        interval_s: float = INTERVAL_S,
     ) -> None:
-        """Tell of blocks of `block_tokens` in pages of `page_tokens`, which vLLM hashes."""
-        self._stats = stats
-        self._page_tokens = page_tokens
-        self._pages = block_tokens // page_tokens
-        self._known_max = known_max
-        self._waiting: dict[SequenceHash, _Block] = {}  # oldest first, as below
-        self._told: dict[SequenceHash, _Block] = {}
-        self._void = False
-        self._epoch = self._cursor = 0
-        self._ask_at = 0.0
+        """Tell of an engine's blocks, and ask at most once in `interval_s`."""
+        self._follower = Follower[_Name](stats.count, interval_s=interval_s)
+        self._words = words
+        self._chains = words.chains
+        self._sizes = {group.page_tokens for group in words.groups}
 
     def know(self, request: Request, hashes: Sequence[SequenceHash], first: int) -> None:
         """Remember what the blocks of a request from `first` on stand for."""
-        for index in range(first, len(hashes)):
-            key = hashes[index]
-            if key in self._waiting or key in self._told:
+        fresh = hashes[first:]
+        keys = chains(self._words.cache, fresh)
+        for place in range(len(fresh)):
+            own = keys[place :: len(fresh)]  # of this block in each chain
+            if all(map(self._follower.knows, own)):
                 continue
-            block = self._block(request, index)
-            if block is not None:
-                self._waiting[key] = block
-        while len(self._waiting) > self._known_max:
-            del self._waiting[next(iter(self._waiting))]
+            block = self._block(request, first + place)
+            if block is None:
+                continue
+            for key, groups in zip(own, self._chains, strict=True):
+                self._follower.know(key, _Name(block, groups))
 
     def forget(self) -> None:
         """Tell next time that nothing is kept: what there is belongs to other weights."""
-        self._void = True
+        self._follower.forget()
 
     def take(self, session: Session) -> list[KVCacheEvent]:
         """Return what happened since the last time; empty while it is too early to ask again."""
-        now = time.monotonic()
-        up = session.welcome is not None
-        if self._void or (self._told and not up) or (up and session.epoch != self._epoch):
-            events = list(self._remove_all())
-            self._void, self._cursor, self._ask_at = False, 0, 0.0
-            self._epoch = session.epoch
-            if events or not up:
-                return events
-        if not up or now < self._ask_at:
-            return []
-        self._ask_at = now + _INTERVAL_S
-        return list(self._ask(session))
+        return [event for moved in self._follower.take(session) for event in _events(moved)]
 
     # -- private -------------------------------------------------------------------------------
 
-    def _ask(self, session: Session) -> Iterator[KVCacheEvent]:
-        for _ in range(_ANSWERS_MAX):
-            try:
-                changed = session.changes(self._cursor)
-            except DaemonError:  # a lost session has said so itself
-                return
-            self._cursor = changed.cursor
-            if changed.lost:
-                self._stats.count("missed_changes")
-                yield from self._remove_all()
-            for tier, stored, joined in changed.changes:
-                keys = split_hashes(joined)
-                yield from self._stored(tier, keys) if stored else self._removed(tier, keys)
-            if not changed.more:
-                return
-        self._ask_at = 0.0
-
-    def _stored(self, tier: str, keys: Sequence[SequenceHash]) -> Iterator[KVCacheEvent]:
-        untold = 0
-        for key in keys:
-            block = self._told.get(key)
-            if block is None:
-                block = self._waiting.pop(key, None)
-                if block is None:
-                    untold += 1
-                    continue
-                self._told[key] = block
-            if tier in block.tiers:
-                continue
-            block.tiers.add(tier)
-            yield self._event(block, tier)
-        while len(self._told) > self._known_max:
-            untold += 1
-            oldest = self._told.pop(next(iter(self._told)))
-            yield from self._gone({each: [oldest] for each in oldest.tiers})
-        self._stats.count("untold_blocks", untold)
-
-    def _removed(self, tier: str, keys: Sequence[SequenceHash]) -> Iterator[KVCacheEvent]:
-        left = []
-        for key in keys:
-            block = self._told.get(key)
-            if block is None or tier not in block.tiers:
-                continue
-            left.append(block)
-            block.tiers.discard(tier)
-            if not block.tiers:  # a request that is still running may have it stored again
-                self._waiting[key] = self._told.pop(key)
-        yield from self._gone({tier: left})
-
-    def _remove_all(self) -> Iterator[KVCacheEvent]:
-        by_tier: dict[str, list[_Block]] = {}
-        for block in self._told.values():
-            for tier in block.tiers:
-                by_tier.setdefault(tier, []).append(block)
-            block.tiers = set()
-        self._waiting |= self._told  # they may come again
-        self._told.clear()
-        yield from self._gone(by_tier)
-
-    def _gone(self, by_tier: dict[str, list[_Block]]) -> Iterator[KVCacheEvent]:
-        for tier, blocks in by_tier.items():
-            if blocks:
-                hashes = [name for block in blocks for name in block.hashes]
-                yield BlockRemoved(block_hashes=hashes, group_idx=0, **_where(tier))
-
-    def _event(self, block: _Block, tier: str) -> KVCacheEvent:
-        return BlockStored(
-            block_hashes=block.hashes,
-            parent_block_hash=block.parent,
-            token_ids=block.tokens,
-            block_size=self._page_tokens,
-            lora_id=block.lora_id,
-            lora_name=block.lora_name,
-            extra_keys=block.extra_keys,
-            group_idx=0,
-            **_where(tier),
-        )
-
     def _block(self, request: Request, index: int) -> _Block | None:
         """Return a request's block in vLLM's words, None if vLLM has not named all of it yet."""
-        first, behind = index * self._pages, (index + 1) * self._pages
-        names = request.block_hashes
-        if behind > len(names):
+        tokens = range(index * self._words.block_tokens, (index + 1) * self._words.block_tokens)
+        if tokens.stop > len(request.block_hashes) * self._words.hash_tokens:
             return None
-        size = self._page_tokens
-        extras = [
-            generate_block_hash_extra_keys(request, page * size, (page + 1) * size, 0)[0]
-            for page in range(first, behind)
-        ]
         adapter = request.lora_request
         return _Block(
-            [maybe_convert_block_hash(each) for each in names[first:behind]],
-            maybe_convert_block_hash(names[first - 1]) if first else None,
-            list(request.all_token_ids[first * size : behind * size]),
+            list(request.all_token_ids[tokens.start : tokens.stop]),
             adapter.adapter_id if adapter else None,
             adapter.name if adapter else None,
+            {size: self._pages(request, tokens, size) for size in self._sizes},
+        )
+
+    def _pages(self, request: Request, tokens: range, size: int) -> _Pages:
+        starts = range(tokens.start, tokens.stop, size)
+        extras = [
+            generate_block_hash_extra_keys(request, start, start + size, 0)[0] for start in starts
+        ]
+        return _Pages(
+            [self._name_behind(request, start + size) for start in starts],
+            self._name_behind(request, tokens.start) if tokens.start else None,
             to_event_extra_keys(extras),
         )
+
+    def _name_behind(self, request: Request, tokens: int) -> Any:
+        """Return vLLM's name of the page that ends behind so many tokens, in any group.
+
+        Its hashes are chained from the root, so that of a long page is the last one in it.
+        """
+        return maybe_convert_block_hash(request.block_hashes[tokens // self._words.hash_tokens - 1])
+
+
+def _events(moved: Moved[_Name]) -> Iterator[KVCacheEvent]:
+    where = _where(moved.tier)
+    if moved.stored:
+        for name in moved.names:
+            for group in name.groups:
+                yield _stored(name.block, group, where)
+        return
+    gone: dict[int, list[Any]] = {}
+    for name in moved.names:
+        for group in name.groups:
+            gone.setdefault(group.number, []).extend(name.block.pages[group.page_tokens].hashes)
+    for number, hashes in gone.items():
+        yield BlockRemoved(block_hashes=hashes, group_idx=number, **where)
+
+
+def _stored(block: _Block, group: EventGroup, where: dict[str, str]) -> KVCacheEvent:
+    pages = block.pages[group.page_tokens]
+    return BlockStored(
+        block_hashes=pages.hashes,
+        parent_block_hash=pages.parent,
+        token_ids=block.tokens,
+        block_size=group.page_tokens,
+        lora_id=block.lora_id,
+        lora_name=block.lora_name,
+        extra_keys=pages.extra_keys,
+        group_idx=group.number,
+        kv_cache_spec_kind=group.kind,
+        kv_cache_spec_sliding_window=group.window,
+        **where,
+    )
 
 
 def _where(tier: str) -> dict[str, str]:
     """Return a tier in vLLM's words, as far as this release has them."""
     said = {
         "medium": "CPU" if tier == HOST else "STORAGE",
-        "locality": "LOCAL" if tier in {HOST, DISK} else "REMOTE",
+        "locality": "LOCAL" if is_local(tier) else "REMOTE",
         "ownership": f"{OWNER}.{tier}",
     }
     return {name: value for name, value in said.items() if name in _FIELDS}

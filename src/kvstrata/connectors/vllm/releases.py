@@ -3,7 +3,8 @@
 * With 0.31 no model that takes media or keeps states was run, nothing was moved layer by layer, and
   `KvstrataTier` was not tried, so they are refused there.
 * 0.31 has no sources of hits by tier (`vllm.v1.metrics.cache_hit_source`) and never asks for them.
-* What KV events are made of has moved and grown from release to release.
+* What KV events are made of has moved and grown from release to release; those of several cache
+  groups were not tried with 0.31.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from kvstrata.runtime.session import Session
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
     from kvstrata.connectors.vllm.events import TierEvents
@@ -61,17 +63,33 @@ def hit_sources(tokens: int, below: int) -> dict[CacheHitSource, int]:
 
 
 def tier_events(
-    cache: GroupedCache, layout: BlockLayout, stats: ConnectorStats, session: Session
+    config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    cache: GroupedCache,
+    layout: BlockLayout,
+    stats: ConnectorStats,
+    session: Session,
 ) -> TierEvents | None:
     """Return what tells of our tiers from now on; None, which is logged, where that is unknown."""
     try:
-        from kvstrata.connectors.vllm.events import TierEvents
+        from kvstrata.connectors.vllm.events import TierEvents, event_words
     except ImportError as error:
         log.warning("kvstrata publishes no KV events with this vLLM: %s", error)
         return None
-    if not cache.is_whole:
-        log.warning("kvstrata publishes no KV events for a model with several cache groups")
+    if not cache.is_whole and not is_newest():
+        log.warning(
+            "kvstrata publishes no KV events for a model with several cache groups or windows "
+            "with vLLM %s",
+            vllm.__version__,
+        )
         return None
-    events = TierEvents(cache.page_tokens, layout.block_tokens, stats)
+    words = event_words(config, kv_cache_config, cache, layout)
+    if any(group.page_tokens % words.hash_tokens for group in words.groups):
+        log.warning(
+            "kvstrata publishes no KV events: vLLM has a hash each %d tokens only",
+            words.hash_tokens,
+        )
+        return None
+    events = TierEvents(words, stats)
     events.take(session)
     return events

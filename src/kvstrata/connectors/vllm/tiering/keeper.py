@@ -3,7 +3,8 @@
 Owner of the session, and the only one that touches rows of vLLM's tier: thread `kvstrata-tier`.
 vLLM's scheduler hands it work and takes results; neither waits for the other, except to drain.
 Queues: `_questions`, `_loads`, `_stores`, each bounded; what finds no room is answered at once, as
-a miss. One lock, held for the queues only, never for a call or a copy.
+a miss. `_moves` has what was heard in two turns at most: a turn is taken only when it was emptied.
+One lock, held for the queues only, never for a call or a copy.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Final, TypeAlias
 
+from kvstrata.connectors.following import INTERVAL_S, Follower, Moved
+from kvstrata.connectors.vllm.tiering.events import RowName
 from kvstrata.connectors.vllm.tiering.mapping import DaemonSide, Epoch, Rows
 from kvstrata.connectors.vllm.tiering.work import (
     Answered,
@@ -26,7 +29,7 @@ from kvstrata.connectors.vllm.tiering.work import (
     Question,
     Store,
 )
-from kvstrata.core.ids import LineageDigest
+from kvstrata.core.ids import LineageDigest, SequenceHash
 from kvstrata.runtime import messages as wire
 from kvstrata.runtime.session import Session
 
@@ -48,8 +51,8 @@ _Work: TypeAlias = Question | Load | Store
 class Keeper:
     """Serves one tier of one engine."""
 
-    def __init__(self, session: Session, rows: Rows) -> None:
-        """Serve from `session`, which nobody else uses."""
+    def __init__(self, session: Session, rows: Rows, *, follow: bool = False) -> None:
+        """Serve from `session`, which nobody else uses; `follow` what its tiers hold if asked."""
         self.counters = KeeperCounters()
         self._daemon = DaemonSide(session)
         self._rows = rows
@@ -67,12 +70,18 @@ class Keeper:
         self._ended: deque[Ended] = deque()  # as many as vLLM has jobs
         self._closing = False
         self._cancelling = False  # what is at hand ends at its next block
+        self._follower = Follower[RowName](self._count, interval_s=0.0) if follow else None
+        self._moves: deque[Moved[RowName]] = deque()
+        self._must_follow = False
+        self._follow_at = 0.0
         self._thread = threading.Thread(target=self._run, name="kvstrata-tier", daemon=True)
 
     # -- the scheduler's side ------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to work; the session is the thread's from now on."""
+        if self._follower:
+            self._follower.take(self._daemon.session)  # from before the first store on
         self._thread.start()
 
     def ask(self, question: Question) -> None:
@@ -119,6 +128,21 @@ class Keeper:
     def take_ended(self) -> list[Ended]:
         """Return the loads and stores that ended since the last call."""
         return [self._ended.popleft() for _ in range(len(self._ended))]
+
+    def take_moves(self) -> list[Moved[RowName]]:
+        """Return what was heard of the tiers since the last call; have it asked again in time."""
+        now = time.monotonic()
+        if now >= self._follow_at:
+            self._follow_at = now + INTERVAL_S
+            with self._lock:
+                self._must_follow = self._follower is not None
+                self._lock.notify_all()
+        return [self._moves.popleft() for _ in range(len(self._moves))]
+
+    @property
+    def serves(self) -> bool:
+        """Whether the thread works."""
+        return self._thread.is_alive()
 
     def drain(self) -> None:
         """Wait until no row is touched any more: each piece of work has its time limit."""
@@ -189,7 +213,7 @@ class Keeper:
 
     def _serve(self) -> None:
         while True:
-            work, releases, forgets = self._next()
+            work, releases, forgets, follow = self._next()
             epoch = self._daemon.epoch() if releases or forgets else None
             if releases and epoch:  # a daemon that is gone holds nothing
                 self._daemon.call(wire.Release(releases), wire.Done)
@@ -202,11 +226,13 @@ class Keeper:
             while self._at_hand:
                 self._do(self._at_hand[0])
                 self._at_hand.popleft()
+            if follow:
+                self._follow()
             self._rest()
-            if not (work or releases or forgets):
+            if not (work or releases or forgets or follow):
                 return
 
-    def _next(self) -> tuple[list[_Work], list[str], list[tuple[str, LineageDigest]]]:
+    def _next(self) -> tuple[list[_Work], list[str], list[tuple[str, LineageDigest]], bool]:
         """Return what is to be done now: every question, one load, and a store if none waits.
 
         Nothing at all means the end.
@@ -221,8 +247,9 @@ class Keeper:
                     work.append(self._stores.popleft())
                 releases, self._releases = self._releases, []
                 forgets, self._forgets = self._forgets, []
-                if work or releases or forgets or self._closing:
-                    return work, releases, forgets
+                follow, self._must_follow = self._must_follow, False
+                if work or releases or forgets or follow or self._closing:
+                    return work, releases, forgets, follow
                 self._lock.wait()
 
     def _rest(self) -> None:
@@ -265,7 +292,7 @@ class Keeper:
         if time.monotonic() >= question.until + _LATE_S:  # others had their turn before it
             self.counters.late += 1
             return 0
-        hashes = wire.join_hashes(epoch.hashes(question.mark, question.digests))
+        hashes = wire.join_hashes(self._named(epoch, question))
         found = self._daemon.call(wire.Lookup(question.name, hashes), wire.Found)
         if found is None:
             return 0
@@ -278,6 +305,25 @@ class Keeper:
             self._questions.append(question)
         self._asks_again = True
         return None
+
+    def _named(self, epoch: Epoch, work: Question | Store) -> list[SequenceHash]:
+        """Return the daemon's keys of some work's blocks; remember them if they are followed."""
+        hashes = epoch.hashes(work.mark, work.digests)
+        if self._follower:
+            for key, name in zip(hashes, work.keys, strict=False):  # the canary's have no name
+                self._follower.know(key, RowName(work.mark, name))
+        return hashes
+
+    def _follow(self) -> None:
+        assert self._follower is not None, "nobody else asks for it"
+        self._daemon.epoch()  # finds out whether the daemon is gone or back
+        self._moves.extend(self._follower.take(self._daemon.session))
+
+    def _count(self, name: str, number: int) -> None:
+        if name == "untold_blocks":
+            self.counters.untold_blocks += number
+        else:
+            self.counters.missed_changes += number
 
     def _must_end(self, work: Load | Store) -> bool:
         if time.monotonic() >= work.until:
@@ -323,7 +369,7 @@ class Keeper:
             return 0
         name = f"store {next(self._names)}"
         parent = epoch.hashes(store.mark, [store.parent] if store.parent else [])
-        hashes = wire.join_hashes(epoch.hashes(store.mark, store.digests))
+        hashes = wire.join_hashes(self._named(epoch, store))
         call = wire.Reserve(name, b"".join(parent), hashes, store.hints, store.tenant)
         reserved = self._daemon.call(call, wire.Reserved)
         if reserved is None:

@@ -21,6 +21,7 @@ from vllm.v1.kv_offload.base import (
     Locality,
     LookupResult,
     Medium,
+    OffloadingEvent,
     OffloadKey,
     ReqContext,
     RequestOffloadingContext,
@@ -31,6 +32,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from kvstrata.connectors.vllm.hints import RequestHints, read_hints
 from kvstrata.connectors.vllm.runner import calling_model, calling_offloader, pages_are_free
 from kvstrata.connectors.vllm.settings import ConnectorSettings, read_settings
+from kvstrata.connectors.vllm.tiering.events import RowEvents, publishes
 from kvstrata.connectors.vllm.tiering.hints import block_hints
 from kvstrata.connectors.vllm.tiering.identity import (
     digest_of,
@@ -104,7 +106,8 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
         session.open()
         self._session_at_start = session
         self._step_tokens = offloading_spec.tokens_per_block[0] * offloading_spec.blocks_per_chunk
-        self._keeper = Keeper(session, self._rows)
+        self._events = RowEvents() if publishes(offloading_spec) else None
+        self._keeper = Keeper(session, self._rows, follow=self._events is not None)
         self._keeper.start()
         self._mark = ""
         self._questions = 0
@@ -189,7 +192,8 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
             hold = f"ask {self._questions}"
             self._requests[name].holds.append(hold)
             self._waiting[hold] = keys
-            self._keeper.ask(Question(hold, self._mark, _digests(keys), self._until()))
+            digests, named = _digests(keys), self._named(keys)
+            self._keeper.ask(Question(hold, self._mark, digests, self._until(), named))
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         """Forget a request, and let go of what was found for it."""
@@ -247,6 +251,7 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
                 self._settings.tenant if hints.tenant is None else hints.tenant,
                 block_hints(hints.retention, self._step_tokens, ends),
                 self._until(),
+                self._named(keys),
             )
         )
 
@@ -257,6 +262,13 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
         if any(each.job in self._loads for each in ended):
             self._weights.look()  # vLLM asks us no more before it uses what has come
         return results + [self._result(each) for each in ended]
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        """Return what came to our tiers and left them, of what this engine could load."""
+        if self._events is None:
+            return ()
+        usable = self._keeper.serves and not self._weights.changed
+        return self._events.take(self._mark if usable else None, self._keeper.take_moves())
 
     def drain_jobs(self) -> None:
         """End what is under way, and use nothing that was kept before.
@@ -300,6 +312,10 @@ class KvstrataTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is untyp
 
     def _until(self) -> float:
         return time.monotonic() + self._settings.staging_timeout_s
+
+    def _named(self, keys: Sequence[OffloadKey]) -> tuple[bytes, ...]:
+        """Return what the keeper must remember of blocks."""
+        return tuple(keys) if self._events is not None else ()
 
     def _learn(self, key: OffloadKey, *, ready: bool) -> None:
         asked = self._asked.get(key)

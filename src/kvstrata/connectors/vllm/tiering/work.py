@@ -34,6 +34,10 @@ class KeeperCounters:
     """Pieces of work that ended at their time limit."""
     refused: int = 0
     """Pieces of work for which a queue had no room."""
+    untold_blocks: int = 0
+    """In a tier, and no KV event tells of them: other engines', or too many."""
+    missed_changes: int = 0
+    """Times that KV events began anew because the daemon had forgotten what came between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class Question:
     """The blocks, in the order of the prompt."""
     until: float
     """When it must be answered, on the monotonic clock."""
+    keys: tuple[bytes, ...] = ()
+    """vLLM's names of the blocks, if it wants to hear of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,8 @@ class Store:
     """How long blocks among them are to be kept."""
     until: float
     """When it must have ended."""
+    keys: tuple[bytes, ...] = ()
+    """vLLM's names of the blocks, if it wants to hear of them."""
 
 
 @dataclass(frozen=True, slots=True)
