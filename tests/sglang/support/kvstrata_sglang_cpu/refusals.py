@@ -11,10 +11,11 @@ import os
 
 
 def install():
-    """Refuse each n-th lease of rank 1, if the environment names an n."""
-    every = int(os.environ.get("REFUSED_LOADS_OF_RANK_1", "0"))
-    if not every:
+    """Refuse the leases of rank 1 that the environment lists by number: `3,6,9`."""
+    given = os.environ.get("REFUSED_LOADS_OF_RANK_1")
+    if not given:
         return
+    refused = set(map(int, given.split(",")))
     import torch
 
     from kvstrata.connectors.sglang.leases import Leases
@@ -22,7 +23,7 @@ def install():
     take, numbers = Leases.take, itertools.count(1)
 
     def some(self, request, digests, pages):
-        if torch.distributed.get_rank() == 1 and next(numbers) % every == 0:
+        if torch.distributed.get_rank() == 1 and next(numbers) in refused:
             self.drop(request)
             return None
         return take(self, request, digests, pages)
