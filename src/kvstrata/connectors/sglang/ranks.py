@@ -56,7 +56,7 @@ def ranks_of(arguments: Any, params: Any) -> Ranks:
     if size == 1:
         return Ranks()
     # The one over which SGLang's linker takes the least of what is found (`attn_cp_size` is 1).
-    group = getattr(params, "attn_tp_cache_group", None)
+    group: Any = getattr(params, "attn_tp_cache_group", None)
     found = 0 if group is None else int(group.size())
     if found != size:
         raise LayoutError(
