@@ -6,12 +6,16 @@ import itertools
 import shutil
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from kit import SharedDaemon
 
+from kvstrata.core.errors import ConfigError, LayoutError
 from kvstrata.testing.contracts.engine_connector import CAPABILITIES, EngineConnectorContract
 
 PAGE_TOKENS = 16
@@ -190,6 +194,58 @@ class LinkerScript(Script):
         return [each[rows].reshape(-1) for each in (*self._pool.k_buffer, *self._pool.v_buffer)]
 
 
+class RanksScript:
+    """Two ranks with a linker and a daemon each: SGLang loads what both find, and both save."""
+
+    block_tokens = PAGE_TOKENS
+    places = Script.places
+
+    def __init__(self, ranks, threads):
+        self._ranks, self._threads = ranks, threads  # a thread each: they wait for one another
+
+    def begin(self, name, tokens):
+        self._each("begin", name, tokens)
+
+    def matched(self, name, computed_tokens=0):
+        return min(self._each("matched", name, computed_tokens))
+
+    def allocate(self, name, places, external_tokens):
+        self._each("allocate", name, places, external_tokens)
+
+    def preempt(self, name):
+        self._each("preempt", name)
+
+    def plan(self, computed):
+        return self._same("plan", computed)
+
+    def work(self, plan):
+        return self._same("work", plan)
+
+    def report(self, report):
+        return self._same("report", report)
+
+    def finish(self, name):
+        return self._same("finish", name)
+
+    def fill(self, place, seed):
+        for number, rank in enumerate(self._ranks):
+            rank.fill(place, len(self._ranks) * seed + number)
+
+    def read(self, place):
+        return b"".join(rank.read(place) for rank in self._ranks)
+
+    def held_slots(self):
+        return sum(rank.held_slots() for rank in self._ranks)
+
+    def _each(self, what, *given):
+        return list(self._threads.map(lambda rank: getattr(rank, what)(*given), self._ranks))
+
+    def _same(self, what, *given):
+        first, second = self._each(what, *given)
+        assert first == second
+        return first
+
+
 def _indices(pages):
     """Return the tokens' places in a pool, as SGLang names pages."""
     import torch
@@ -208,19 +264,73 @@ def device_pool():
     )  # fmt: skip
 
 
+@contextmanager
+def brief(names):
+    """Run daemons that give up what was found and not loaded after two seconds."""
+    folder = Path(tempfile.mkdtemp(prefix="kv"))
+    daemons = []
+    try:
+        for name in names:
+            (folder / name).mkdir()
+            daemons.append(SharedDaemon(folder / name, limits={"hold_timeout_s": 2.0}))
+        yield daemons
+    finally:
+        for daemon in daemons:
+            daemon.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="module")
 def brief_daemon():
-    """A daemon that gives up what was found and not loaded after two seconds."""
-    folder = Path(tempfile.mkdtemp(prefix="kv"))
-    daemon = SharedDaemon(folder, limits={"hold_timeout_s": 2.0})
-    yield daemon
-    daemon.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    with brief("0") as (daemon,):
+        yield daemon
 
 
-def settings(daemon):
+@pytest.fixture(scope="module")
+def brief_pair():
+    """A daemon for each rank, in folders that have its number."""
+    with brief("01") as daemons:
+        yield daemons
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Each rank's side of a group of two, as SGLang has one on the CPU, and a thread for each."""
+    from torch.distributed import HashStore, ProcessGroupGloo
+
+    store = HashStore()
+    with ThreadPoolExecutor(2) as threads:
+        made = threads.map(
+            lambda rank: ProcessGroupGloo(store, rank, 2, timedelta(seconds=30)), range(2)
+        )
+        yield list(made), threads
+
+
+def settings(address):
     """Time for a busy machine: an engine that gave up in time would show nothing here."""
-    return {"address": daemon.address, "call_timeout_s": 10.0, "batch_timeout_s": 20.0}
+    return {"address": address, "call_timeout_s": 10.0, "batch_timeout_s": 20.0}
+
+
+def make_linker(arguments, address, group=None):
+    """Return a linker as SGLang makes it, and its pool."""
+    from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
+
+    from kvstrata.connectors.sglang.linker import KvstrataLinker
+
+    pool = device_pool()
+    allocator = PagedTokenToKVPoolAllocator(
+        TOKENS, PAGE_TOKENS, pool.dtype, "cpu", pool, need_sort=False
+    )
+    parameters = SimpleNamespace(
+        page_size=PAGE_TOKENS, token_to_kv_pool_allocator=allocator, attn_tp_cache_group=group
+    )
+    linker = KvstrataLinker(
+        arguments,
+        parameters,
+        components=[SimpleNamespace(name="FULL")],
+        extra_config=settings(address),
+    )
+    return linker, pool
 
 
 class TestStorage(EngineConnectorContract):
@@ -240,7 +350,7 @@ class TestStorage(EngineConnectorContract):
             info, 2.0, 0, PAGE_TOKENS, "page_first_direct", device_capacity_tokens=TOKENS,
             start_layer=0, end_layer=LAYERS, pin_memory=False,
         )  # fmt: skip
-        storage = KvstrataStorage(storage_config(settings(brief_daemon)), {})
+        storage = KvstrataStorage(storage_config(settings(brief_daemon.address)), {})
         storage.register_mem_pool_host(pool)
         yield StorageScript(brief_daemon, storage, pool)
         storage.close()
@@ -255,20 +365,59 @@ class TestLinker(EngineConnectorContract):
 
     @pytest.fixture
     def engine(self, sglang_arguments, brief_daemon):
-        from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
-
-        from kvstrata.connectors.sglang.linker import KvstrataLinker
-
-        pool = device_pool()
-        allocator = PagedTokenToKVPoolAllocator(
-            TOKENS, PAGE_TOKENS, pool.dtype, "cpu", pool, need_sort=False
-        )
-        parameters = SimpleNamespace(page_size=PAGE_TOKENS, token_to_kv_pool_allocator=allocator)
-        linker = KvstrataLinker(
-            sglang_arguments,
-            parameters,
-            components=[SimpleNamespace(name="FULL")],
-            extra_config=settings(brief_daemon),
-        )
+        linker, pool = make_linker(sglang_arguments, brief_daemon.address)
         yield LinkerScript(brief_daemon, linker, pool)
         linker.close()
+
+
+class TestLinkerRanks(EngineConnectorContract):
+    """Two ranks that must do the same, each with its half of every block."""
+
+    capabilities = CAPABILITIES - {
+        "carried_reports", "ends", "planned_saves", "reported_loads", "resets",
+    }  # fmt: skip
+
+    @pytest.fixture
+    def engine(self, sglang_arguments, brief_pair, groups):
+        arguments = SimpleNamespace(**vars(sglang_arguments), tp_size=2)
+        address = f"ipc://{brief_pair[0].folder.parent}/{{tp_rank}}/node.sock"
+        sides, threads = groups
+        made = [make_linker(arguments, address, side) for side in sides]
+        ranks = [
+            LinkerScript(daemon, linker, pool)
+            for daemon, (linker, pool) in zip(brief_pair, made, strict=True)
+        ]
+        yield RanksScript(ranks, threads)
+        for linker, _ in made:
+            linker.close()
+
+
+@pytest.mark.parametrize("words", list(itertools.product((False, True), repeat=2)))
+def test_a_vote_is_true_if_every_rank_says_so(groups, words):
+    from kvstrata.connectors.sglang.ranks import Ranks
+
+    sides, threads = groups
+    ranks = [Ranks(side.rank(), side.size(), side) for side in sides]
+    answers = threads.map(lambda rank, word: rank.all_can(word), ranks, words)
+    assert list(answers) == [all(words)] * 2
+
+
+@pytest.mark.parametrize("found", [None, 3])
+def test_ranks_that_cannot_all_vote_are_refused(sglang_arguments, found):
+    arguments = SimpleNamespace(**vars(sglang_arguments), tp_size=2)
+    group = found and SimpleNamespace(size=lambda: found)
+    with pytest.raises(LayoutError, match=f"tp_size is 2, and {found or 0} ranks of attention"):
+        make_linker(arguments, "", group)
+
+
+def test_ranks_with_one_daemon_are_refused(sglang_arguments, groups, brief_daemon):
+    arguments = SimpleNamespace(**vars(sglang_arguments), tp_size=2)
+    with pytest.raises(ConfigError, match="cannot share one daemon"):
+        make_linker(arguments, brief_daemon.address, groups[0][0])
+
+
+@pytest.mark.parametrize("name", ["pp_size", "dp_size", "attn_cp_size", "dcp_size"])
+def test_ranks_whose_linkers_sglang_does_not_ask_are_refused(sglang_arguments, name):
+    arguments = SimpleNamespace(**vars(sglang_arguments), tp_size=2, **{name: 2})
+    with pytest.raises(LayoutError, match=f"does not serve an engine with {{'{name}': 2}}"):
+        make_linker(arguments, "")

@@ -19,6 +19,7 @@ LACKS = {
     "TestVllmStates": {"lives", "preempts", "resets"},
     "TestStorage": {"carried_reports", "ends", "planned_saves", "reported_loads"},
     "TestLinker": {"carried_reports", "ends", "planned_saves", "reported_loads", "resets"},
+    "TestLinkerRanks": {"carried_reports", "ends", "planned_saves", "reported_loads", "resets"},
     "TestV1": {"carried_reports", "declines", "preempts", "resets"},
     "TestV2": {"carried_reports", "resets", "separate_loads"},
     "TestTransformers": {

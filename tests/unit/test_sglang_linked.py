@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from kvstrata.connectors.sglang import layerwise
 from kvstrata.connectors.sglang.devicepages import DevicePages
 from kvstrata.connectors.sglang.hostpages import HostPages, PoolGeometry
 from kvstrata.connectors.sglang.kept import KeptPages
 from kvstrata.connectors.sglang.layerwise import LayerLoads, NodeSave, NodeSaves
 from kvstrata.connectors.sglang.leases import Leases
+from kvstrata.connectors.sglang.queued import QueuedLoads
 from kvstrata.core.errors import DaemonError, LayoutError
 from kvstrata.layout import Shard
 from kvstrata.runtime.admin import AdminClient
@@ -321,32 +325,146 @@ class TestWhateverHappensInAThreadItGoesOn:
         try:
             with monkeypatch.context() as patch:
                 patch.setattr(pages, "read", fail)
-                assert saves.begin(NodeSave(chain(1, 2), [0, 1], []))
-                eventually(lambda: list(saves.results) == [False])
-            assert saves.begin(NodeSave(chain(2, 2), [2, 3], []))
-            eventually(lambda: list(saves.results) == [False, True])
+                saves.begin(NodeSave(chain(1, 2), [0, 1], []))
+                eventually(lambda: saves.ended() == 1)
+            saves.begin(NodeSave(chain(2, 2), [2, 3], []))
+            eventually(lambda: saves.ended() == 2)
+            assert [saves.pop(), saves.pop()] == [False, True]
         finally:
             saves.close()
         eventually(lambda: host(daemon)["filling"] + host(daemon)["in_use"] == 0)
 
 
-def test_saves_end_in_order_and_those_that_wait_are_dropped_at_a_reset(serve, side):
+def test_saves_end_in_order_and_those_that_wait_are_dropped_at_a_reset(serve, side, eventually):
     mine = side(serve("host:1MiB").address)
     good = [True]
     saves = NodeSaves(mine.kept, device(), lambda: good[0])
     try:
-        assert saves.begin(NodeSave(chain(1, 2), [0, 1], []))
-        deadline = time.monotonic() + 10
-        while not saves.results and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert list(saves.results) == [True]
+        saves.begin(NodeSave(chain(1, 2), [0, 1], []))
+        eventually(lambda: saves.ended() == 1)
         good[0] = False  # the weights were updated
         saves.begin(NodeSave(chain(2, 2), [2, 3], []))
-        while len(saves.results) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert list(saves.results) == [True, False]
+        eventually(lambda: saves.ended() == 2)
+        assert [saves.pop(), saves.pop()] == [True, False]
+        saves.begin(NodeSave(chain(3, 2), [2, 3], []))
         saves.settle()
-        assert not saves.results
+        assert saves.ended() == 0
         assert mine.leases.ready("r", chain(2, 2)) == 0
     finally:
         saves.close()
+
+
+def test_a_save_that_cannot_begin_fails_in_its_turn(serve, side, eventually, monkeypatch):
+    """Another rank may have had room for it: SGLang pairs the results by their order."""
+    monkeypatch.setattr(layerwise, "_NODES_MAX", 1)
+    mine, pages = side(serve("host:1MiB").address), device()
+    reading, go_on = threading.Event(), threading.Event()
+    real = pages.read
+
+    def read(page, into):
+        reading.set()
+        assert go_on.wait(10)
+        real(page, into)
+
+    monkeypatch.setattr(pages, "read", read)
+    saves = NodeSaves(mine.kept, pages, lambda: True)
+    try:
+        saves.begin(NodeSave(chain(1, 2), [0, 1], []))
+        assert reading.wait(10)
+        for seed in (2, 3):  # one waits, and one finds no place
+            saves.begin(NodeSave(chain(seed, 2), [2, 3], []))
+        saves.begin(None)
+        assert (saves.ended(), saves.dropped) == (0, 2)
+        go_on.set()
+        eventually(lambda: saves.ended() == 4)
+        assert [saves.pop() for _ in range(4)] == [True, True, False, False]
+    finally:
+        go_on.set()
+        saves.close()
+
+
+class Vote:
+    """The vote of two ranks as SGLang's group takes it: each waits for the other's word."""
+
+    def __init__(self):
+        self._words, self._barrier = [False, False], threading.Barrier(2)
+
+    def of(self, rank):
+        def vote(word):
+            self._words[rank] = word
+            self._barrier.wait(10)
+            everywhere = all(self._words)
+            self._barrier.wait(10)
+            return everywhere
+
+        return vote
+
+
+class TestRanksLoadTogetherOrNotAtAll:
+    """A rank that loads what another one computes would be a wrong answer, or a hung engine."""
+
+    @pytest.fixture
+    def sides(self, serve, side):
+        """Two ranks with a daemon each."""
+        made = [side(serve("host:1MiB", f"{rank}.sock").address) for rank in range(2)]
+        vote = Vote()
+        for rank, each in enumerate(made):
+            each.queue = QueuedLoads(each.leases, vote.of(rank))
+        return made
+
+    @staticmethod
+    def add(sides, request, named):
+        """Queue a load on both ranks at once; return what each has answered."""
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda each, its: each.queue.add(request, its), sides, named))
+
+    @staticmethod
+    def in_use(each):
+        with AdminClient(each.kept.daemon_address) as admin:
+            return admin.stats()["node"]["tiers"]["host"]["in_use"]
+
+    def test_whatever_each_rank_has(self, sides, eventually):
+        fates = ("kept", "one page less", "gone since the question", "odd pages")
+        for seed, pair in enumerate(itertools.product(fates, repeat=2)):
+            digests, pages = chain(seed, 4), list(range(10, 14))
+            named = []
+            for each, fate in zip(sides, pair, strict=True):
+                assert all(each.save(digests[: 3 if fate == "one page less" else 4]))
+                each.leases.ready("r", digests)
+                if fate == "gone since the question":
+                    each.kept.forget(digests[2])
+                named.append(None if fate == "odd pages" else (digests, pages))
+            together = set(pair) == {"kept"}
+            assert self.add(sides, "r", named) == [together, together], pair
+            for each in sides:
+                batch = each.queue.take()
+                assert len(batch) == together
+                for lease in batch:
+                    each.load(lease)
+                    assert each.right(digests, pages)
+                eventually(lambda each=each: self.in_use(each) == 0)
+        assert [each.leases.statistics()["given_up"] for each in sides] == [12, 12]
+
+    def test_a_daemon_that_ends_between_the_question_and_the_load(self, sides, eventually):
+        digests = chain(1, 6)
+        for each in sides:
+            assert all(each.save(digests))
+            assert each.leases.ready("r", digests) == 6
+        os.kill(sides[1].kept.daemon_pid, signal.SIGKILL)
+        named = [(digests, range(6)), (digests, range(6))]
+        assert self.add(sides, "r", named) == [False, False]
+        assert [each.queue.take() for each in sides] == [[], []]
+        eventually(lambda: self.in_use(sides[0]) == 0)
+
+    def test_a_request_that_is_queued_twice_or_cancelled(self, sides, eventually):
+        digests, other = chain(1, 3), chain(2, 3)
+        for each in sides:
+            each.save(digests)
+            each.save(other)
+        assert self.add(sides, "r", [(digests, range(3))] * 2) == [True, True]
+        assert self.add(sides, "r", [(other, range(3, 6))] * 2) == [False, False]
+        assert [each.queue.cancel("r") for each in sides] == [True, True]
+        assert [each.queue.cancel("r") for each in sides] == [False, False]
+        assert [each.queue.take() for each in sides] == [[], []]
+        for each in sides:
+            eventually(lambda each=each: self.in_use(each) == 0)

@@ -14,7 +14,8 @@ from kvstrata.core.errors import LayoutError
 __all__ = ["check_linkable", "device_geometry", "device_pages"]
 
 _REMEDY: Final = "use the HiCache storage backend, or run without kvstrata"
-_RANKS: Final = ("tp_size", "pp_size", "dp_size", "attn_cp_size", "dcp_size")
+_ALONE: Final = ("pp_size", "dp_size", "attn_cp_size", "dcp_size")
+"""SGLang's linker does not ask pipeline stages what all can load; the others were not tested."""
 _PAGE_TOKENS_MIN: Final = 16
 """SGLang's scheduler waits for the question: 2,000 pages of whatever size cost it 2 to 11 ms."""
 _POOL: Final = "MHATokenToKVPool"
@@ -28,7 +29,7 @@ def check_linkable(arguments: Any, params: Any, components: Iterable[Any]) -> No
     of state that the tree keeps.
     """
     odd: dict[str, Any] = {
-        name: size for name in _RANKS if (size := getattr(arguments, name, 1)) not in {1, None}
+        name: size for name in _ALONE if (size := getattr(arguments, name, 1)) not in {1, None}
     }
     kinds = sorted(each.name for each in components)
     if kinds != ["FULL"]:

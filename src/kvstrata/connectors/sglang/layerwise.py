@@ -2,10 +2,14 @@
 
 The engine's forward pass waits for each layer of the counter. A layer counts only if no slot has
 changed while it was copied; else the whole batch fails, and SGLang drops its requests' output.
+
+Saves are never refused, they fail: SGLang pairs the results of its ranks by their order, so every
+rank must have one for each node.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -115,30 +119,51 @@ class NodeSave:
     """Events of the device behind which the pages are whole."""
 
 
+@dataclass(slots=True)
+class _Result:
+    kept: bool | None = None  # None until the save has ended; written once
+
+
 class NodeSaves:
-    """Saves nodes, one after the other; their results come in the same order."""
+    """Saves nodes, one after the other; each has a result, in the order in which they came.
+
+    One thread begins and pops. As many results can wait as the device has pages: SGLang keeps a
+    node in place until it has popped its result.
+    """
 
     def __init__(self, kept: KeptPages, pages: DevicePages, usable: Callable[[], bool]) -> None:
         """`usable` tells whether pages are still those of the weights at hand."""
         self._kept, self._pages, self._usable = kept, pages, usable
-        self._nodes: queue.Queue[NodeSave | None] = queue.Queue(_NODES_MAX)
+        self._nodes: queue.Queue[tuple[NodeSave, _Result] | None] = queue.Queue(_NODES_MAX)
         self._stopping = False
-        self.results: deque[bool] = deque(maxlen=4 * _NODES_MAX)
+        self._results: deque[_Result] = deque()
         self.dropped = 0
         self._thread = threading.Thread(target=self._run, name="kvstrata-save", daemon=True)
         self._thread.start()
 
-    def begin(self, node: NodeSave) -> bool:
-        """Save a node; False, and nothing is done, if too many wait or their results do."""
-        if len(self.results) + self._nodes.qsize() < 2 * _NODES_MAX:
+    def begin(self, node: NodeSave | None) -> None:
+        """Save a node; None, and a node for which too many others wait, has failed in its turn."""
+        self._results.append(result := _Result())
+        if node is not None:
             try:
-                self._nodes.put_nowait(node)
+                self._nodes.put_nowait((node, result))
             except queue.Full:
                 pass
             else:
-                return True
+                return
         self.dropped += 1
-        return False
+        result.kept = False
+
+    def ended(self) -> int:
+        """Return how many saves have ended and were not popped; none behind one that runs."""
+        ended = itertools.takewhile(lambda result: result.kept is not None, self._results)
+        return sum(1 for _ in ended)
+
+    def pop(self) -> bool:
+        """Return whether the oldest save, which has ended, has kept every page."""
+        kept = self._results.popleft().kept
+        assert kept is not None, "only what has ended is popped"
+        return kept
 
     def settle(self) -> None:
         """Return once nothing is being saved; what waits is dropped, and every result with it."""
@@ -147,7 +172,7 @@ class NodeSaves:
             self._nodes.join()
         finally:
             self._stopping = False
-        self.results.clear()
+        self._results.clear()
 
     def close(self) -> None:
         """End the thread; what waits is dropped."""
@@ -158,14 +183,14 @@ class NodeSaves:
     # -- private -------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while (node := self._nodes.get()) is not None:
-            kept = False
+        while (task := self._nodes.get()) is not None:
+            (node, result), kept = task, False
             try:
                 kept = self._save(node)
             except BaseException:  # the thread must live: SGLang keeps the node's pages till then
                 log.exception("kvstrata could not save pages")
             finally:
-                self.results.append(kept)
+                result.kept = kept
                 self._nodes.task_done()
         self._nodes.task_done()
 

@@ -43,6 +43,8 @@ class LeaseCounters:
     """Questions that found pages below the host, which count as missed."""
     refused: int = 0
     """Loads refused before they began: pages were gone, or no answer in time."""
+    given_up: int = 0
+    """Leased, and not loaded since another rank could not have its part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,11 @@ class Leases:
         """Give slots back: their copy has ended, or will not begin; twice is harmless."""
         ended = [each for each in leases if self._open.pop(each.name, None)]
         self._release([(each.name, each.mapped.epoch) for each in ended])
+
+    def give_up(self, lease: Lease) -> None:
+        """Give a lease back that is of no use: another rank has none."""
+        self.counters.given_up += len(lease.pages)
+        self.end([lease])
 
     def drop(self, request: str) -> None:
         """Give up what was found for a request and not leased."""

@@ -5,7 +5,9 @@ request is told of a page only if it lies in the host tier, verified, and is hel
 copied; any doubt before the copy is a miss. SGLang has a word for a load that fails later on (it
 aborts the requests), so a slot that changed under a copy is never served.
 
-All methods but the threads of `layerwise` run on SGLang's scheduler thread.
+All methods but the threads of `layerwise` run on SGLang's scheduler thread. With tensor parallelism
+every rank has a linker, and SGLang makes the same calls in the same order on each: what one rank
+answers to `load` and `offload` all must.
 """
 
 from __future__ import annotations
@@ -36,12 +38,13 @@ from kvstrata.connectors.sglang.identity import sglang_namespace
 from kvstrata.connectors.sglang.kept import KeptPages
 from kvstrata.connectors.sglang.keys import page_digests
 from kvstrata.connectors.sglang.layerwise import LayerLoads, NodeSave, NodeSaves
-from kvstrata.connectors.sglang.leases import Lease, Leases
+from kvstrata.connectors.sglang.leases import Leases
+from kvstrata.connectors.sglang.queued import QueuedLoads
+from kvstrata.connectors.sglang.ranks import ranks_of
 from kvstrata.connectors.sglang.settings import LINKER_OPTION, read_settings
 from kvstrata.connectors.sglang.weights import WeightWatch
 from kvstrata.core.errors import ConfigError
 from kvstrata.core.ids import LineageDigest
-from kvstrata.layout import Shard
 from kvstrata.runtime.session import Session
 
 __all__ = ["KvstrataLinker"]
@@ -69,6 +72,7 @@ class KvstrataLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is unt
         check_version()
         self.forward_stream = forward_stream
         check_linkable(server_args, params, components)
+        ranks = ranks_of(server_args, params)
         settings = read_settings(extra_config, LINKER_OPTION)
         arguments = server_arguments()
         check_model(arguments)
@@ -80,8 +84,7 @@ class KvstrataLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is unt
         self._pages = device_pages(pool, geometry)
         # SGLang looks up only which pools there are: tree components without one are left out.
         self.pools = {PoolName.KV: pool}
-        shard = Shard(0, 1, 0, 1)
-        layout = geometry.block_layout(shard)
+        layout = geometry.block_layout(ranks.shard)
         namespace = sglang_namespace(
             arguments,
             layout,
@@ -89,7 +92,7 @@ class KvstrataLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is unt
             revision=settings.weights_revision,
             name=settings.model_name,
         )
-        where = settings.where(shard, replicated=False)
+        where = settings.where(ranks.shard, replicated=False)
         session = Session(where, layout, namespace, settings.session_limits, bridges=True)
         self._kept = KeptPages(
             session, batch_timeout_s=settings.batch_timeout_s, tenant=settings.tenant
@@ -102,7 +105,7 @@ class KvstrataLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is unt
             raise
         self._leases = Leases(self._kept.turns, wait_s=settings.call_timeout_s)
         self.layer_done_counter = LayerWiseLoadCounter(self._pages.layers)
-        self._queued: dict[str, Lease] = {}
+        self._queued = QueuedLoads(self._leases, ranks.all_can)
         self._loads = LayerLoads(self._leases, self._pages, self.layer_done_counter)
         self._saves = NodeSaves(self._kept, self._pages, self._usable)
         self._closed = False
@@ -118,23 +121,13 @@ class KvstrataLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is unt
         return list(range(1, self._leases.ready(rid, page_digests(transfer.keys or [])) + 1))
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
-        """Lease pages for the batch being built; False has SGLang compute them."""
-        transfer = self._only_kv(transfers)
-        found = self._named(transfer) if transfer else None
-        if found is None or not self._usable() or rid in self._queued:
-            self._leases.drop(rid)
-            return False
-        lease = self._leases.take(rid, *found)
-        if lease is None:
-            return False
-        self._queued[rid] = lease
-        return True
+        """Lease pages for the batch being built; False, on every rank, has SGLang compute them."""
+        return self._queued.add(rid, self._named(transfers) if self._usable() else None)
 
     def start_layer_wise_loading(self) -> int:
         """Begin the queued loads; return the index that the forward pass waits under, or -1."""
-        if not self._queued:
+        if not (batch := self._queued.take()):
             return -1
-        batch, self._queued = list(self._queued.values()), {}
         index = int(self.layer_done_counter.update_producer())
         self._loads.begin(index, batch)
         return index
@@ -145,35 +138,30 @@ class KvstrataLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is unt
 
     def cancel_queued_load(self, rid: str) -> bool:
         """Give up a load that has not begun; False if there is none."""
-        lease = self._queued.pop(rid, None)
-        if lease:
-            self._leases.end([lease])
-        return lease is not None
+        return self._queued.cancel(rid)
 
     # -- saving --------------------------------------------------------------------------------
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
-        """Save a node's pages behind the forward pass; False if that cannot be."""
+        """Save a node's pages behind the forward pass; what cannot be saved fails in its turn."""
         del session_id
-        transfer = self._only_kv(transfers)
-        found = self._named(transfer) if transfer else None
-        if found is None or not self._usable():
-            return False
-        return self._saves.begin(NodeSave(*found, self.record_offload_ready()))
+        found = self._named(transfers) if self._usable() else None
+        self._saves.begin(NodeSave(*found, self.record_offload_ready()) if found else None)
+        return True
 
     def num_completed_offloads(self) -> int:
         """Return how many saves have ended and were not popped."""
-        return len(self._saves.results)
+        return self._saves.ended()
 
     def pop_completed_offload(self) -> bool:
         """Return whether the oldest ended save has kept every page."""
-        return self._saves.results.popleft()
+        return self._saves.pop()
 
     # -- the rest ------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Touch no page of the device any more; what the tiers keep stays."""
-        self._queued.clear()
+        self._queued.forget()
         self._loads.settle()
         self._saves.settle()
         self._leases.end_all()
@@ -221,8 +209,13 @@ class KvstrataLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is unt
             return None
         return transfers[0]
 
-    def _named(self, transfer: PoolTransfer) -> tuple[list[LineageDigest], list[int]] | None:
+    def _named(
+        self, transfers: Sequence[PoolTransfer]
+    ) -> tuple[list[LineageDigest], list[int]] | None:
         """Return the digest and the page of each key; None, and say why, if they do not fit."""
+        transfer = self._only_kv(transfers)
+        if transfer is None:
+            return None
         keys = transfer.keys or []
         digests = page_digests(keys)
         if not keys or len(digests) != len(keys) or transfer.device_indices is None:
