@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 
-from kvstrata.testing.contracts.engine_lives import EVENTS, Life, ScriptedEngine
+from kvstrata.testing.contracts.engine_lives import EVENTS, LOADING, Life, ScriptedEngine
 
 __all__ = ["CAPABILITIES", "EngineConnectorContract", "ScriptedEngine"]
 
@@ -207,6 +207,7 @@ class EngineConnectorContract:
             phases=(Phase.explicit, Phase.reuse, Phase.generate),
         )
         @given(EVENTS)
+        @example(LOADING)
         def lives(events: list[tuple[Any, ...]]) -> None:
             nonlocal loaded
             life = Life(engine, self.capabilities, next(self._numbers))

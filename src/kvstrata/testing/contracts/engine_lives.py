@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from hypothesis import strategies as st
 
-__all__ = ["EVENTS", "Life", "ScriptedEngine"]
+__all__ = ["EVENTS", "LOADING", "Life", "ScriptedEngine"]
 
 Event: TypeAlias = tuple[Any, ...]
 
@@ -48,6 +48,12 @@ EVENTS: Final = st.lists(
     max_size=24,
 )
 """Lives: lists of events, each a name and its choices."""
+
+LOADING: Final[list[Event]] = [
+    ("arrive", 0, 2, 0.5, True), ("step", 9.0, ""), ("step", 9.0, ""), ("finish",),
+    ("step", 9.0, ""), ("keep",), ("arrive", 0, 2, 0.5, True), ("step", 9.0, ""),
+]  # fmt: skip
+"""A life that loads something, whatever luck the others have."""
 
 
 class ScriptedEngine(Protocol):
@@ -137,7 +143,7 @@ class Life:
             self._step(9.0, "")
             self._finish()
         assert not self._requests, "requests do not come to their end"
-        self._look_for_kept()
+        self._keep()
 
     # -- events --------------------------------------------------------------------------------
 
@@ -271,7 +277,7 @@ class Life:
         self._leaving.append(request)
         self._engine.finish(request.name)
 
-    def _look_for_kept(self) -> None:
+    def _keep(self) -> None:
         """What was computed by requests that lived undisturbed is found by the next that ask."""
         size = self._engine.block_tokens
         longest = [
