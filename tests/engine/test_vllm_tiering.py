@@ -474,6 +474,8 @@ def test_what_a_request_asks_for_its_blocks_is_done(engine_on, prompts, referenc
         time.sleep(0.3)
         manager = engine.connector.scheduler.manager
         engine.ask(prompts[3:])  # vLLM ends the requests before it only now
+        tier._keeper.drain()
+        engine.ask([[7] * 5], max_tokens=2)  # what was stored is no work at hand any more
         engine.forget()
         manager.primary_tier.reset_cache()  # only vLLM's: what is below is asked for
         (again,) = engine.ask(prompts[2:3])
