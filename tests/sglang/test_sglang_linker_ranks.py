@@ -79,7 +79,7 @@ def daemons():
 def options(daemons):
     """SGLang's arguments of an engine of two ranks with the linker."""
     address = f"ipc://{daemons[0].folder.parent}/{{tp_rank}}/node.sock"
-    ours = {"address": address, "retry_interval_s": 0.1, "call_timeout_s": 0.5}
+    ours = {"address": address, "retry_interval_s": 0.1}
     return {
         "tp_size": 2,
         "enable_hierarchical_cache": False,
