@@ -42,6 +42,24 @@ def test_host_then_disk_after_restart(engine_on, prompts, reference, tmp_path, k
     assert layout.block_bytes == 64 * 4 * 2 * 64  # tokens, layers, heads, K and V of 32 bytes each
 
 
+def test_pressure_preempts_evicts_and_answers_the_same(engine_on, prompts, tmp_path):
+    many = [prompts[2][start : start + 150] for start in range(0, 96, 16)]
+    small = {"kv_cache_dtype": "fp8", "kv_cache_memory_bytes": 22 * 4 * 4096}  # 22 pages
+    with engine_on(**small, max_num_batched_tokens=96) as engine:
+        expected = _tokens(engine.ask(many, max_tokens=80))
+    extra = {"tiers": f"host:300KiB,disk:{tmp_path}:64MiB"}  # 8 blocks in the host
+    with engine_on(extra, **small, max_num_batched_tokens=96) as engine:
+        for _ in range(2):
+            assert _tokens(engine.ask(many, max_tokens=80)) == expected
+            engine.wait_idle()
+            engine.forget()
+        values = {m.name: m.value for m in engine.llm.get_metrics() if hasattr(m, "value")}
+        counters = engine.counters()
+    assert values["vllm:num_preemptions"] > 0
+    assert counters["hit_blocks_staged"] > 0
+    assert counters["corrupt_blocks"] == 0
+
+
 def _scale(model, scale):
     """Give the model's files scales of keys and values, as a checkpoint that was calibrated has."""
     import torch

@@ -238,7 +238,12 @@ def test_blocks_written_while_decoding_are_kept(engine_on, hybrid, prompts, make
 
 @pytest.mark.parametrize(
     ("make", "pages", "preempts"),
-    [(_gemma3, 36, True), (_gemma4, 36, True), (_mistral, 12, False)],  # admitted for its prefill
+    [
+        (_gemma3, 36, True),
+        (_gemma4, 36, True),
+        (_gpt_oss, 24, True),
+        (_mistral, 12, False),  # admitted for its prefill
+    ],
 )
 def test_pressure_preempts_evicts_and_answers_the_same(
     engine_on, hybrid, prompts, tmp_path, make, pages, preempts

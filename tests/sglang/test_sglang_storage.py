@@ -187,6 +187,41 @@ def test_ranks_find_only_their_own_shard(attach, daemon):
         attach(pool, {"address": daemon.address}, tp_size=2)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        ({"dtype": "bfloat16"}, {}),
+        ({"kv_cache_dtype": "fp8_e5m2_other"}, {}),
+        ({"quantization": "awq"}, {}),
+        ({"json_model_override_args": '{"rms_norm_eps": 1e-3}'}, {}),
+        ({}, {"weights_revision": "two"}),
+        ({}, {"model_name": "another"}),
+    ],
+    ids=["type", "kept-type", "quantised", "overrides", "revision", "model"],
+)
+def test_what_differs_never_hits(attach, sglang_arguments, daemon, arguments, settings):
+    """The pages have the same bytes in the same places; only what they mean is another."""
+    vars(sglang_arguments).update(dtype="float16", kv_cache_dtype="fp8_e5m2")
+    pool = make_pool(dtype="float8_e5m2")
+    fill(pool)
+    first = attach(pool)
+    keys, indices = keys_of(1, 4), pool.alloc(4 * PAGE_TOKENS)
+    assert first.batch_set_v1(keys, indices) == [True] * 4
+    assert first.batch_exists(keys) == 4
+    assert attach(pool).batch_exists(keys) == 4, "the same engine started again"
+    vars(sglang_arguments).update(arguments)
+    other = attach(pool, {"address": daemon.address} | settings)
+    assert other.batch_exists(keys) == 0
+    assert other.batch_set_v1(keys, indices) == [True] * 4
+    assert other.batch_exists(keys) == 4, "it has pages of its own now"
+
+
+def test_a_pool_of_another_type_is_refused_by_a_daemon_of_the_first(attach, daemon):
+    attach(make_pool())
+    with pytest.raises(ConfigError, match="layout"):
+        attach(make_pool(dtype="bfloat16"), {"address": daemon.address})
+
+
 def test_of_replicated_ranks_one_writes_and_all_read(attach):
     pool = make_pool("latent")
     fill(pool)

@@ -40,6 +40,8 @@ PROGRAMS = {
     "test_cross_engine.py",
     "test_demo.py",
     "test_examples.py",
+    "test_sglang_server.py",
+    "test_vllm_server.py",
 }
 """Modules whose tests start whole programs instead."""
 

@@ -79,20 +79,25 @@ def run_and_kill(children, life, after_s):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("count", [1, 3], ids=["file", "stripe"])
-def test_killed_at_hundreds_of_moments(children, tmp_path, count):
+@pytest.mark.parametrize(
+    ("count", "kills"),
+    [(1, KILLS // 2), (3, KILLS // 2), (0, KILLS // 6)],
+    ids=["file", "stripe", "device"],
+)
+def test_killed_at_hundreds_of_moments(children, tmp_path, loop_device, count, kills):
     places = tuple(str(tmp_path / f"disk-{number}") for number in range(count))
+    places = places or (str(loop_device(2 * CAPACITY)),)
     journal = tmp_path / "journal"
     witness = Witness(places, journal)
     luck = random.Random(count)
     lines = 0
-    for seed in range(KILLS // 2):
+    for seed in range(kills):
         life = Life(places, CAPACITY, str(journal), seed + 1000 * count, clears=bool(seed % 2))
         run_and_kill(children, life, 0.03 + luck.random() * 0.12)
         lines = witness.look()
-    assert lines > 20 * KILLS, "the children hardly lived"
-    assert witness.acknowledged > 10 * KILLS
-    assert witness.cleared > KILLS
+    assert lines > 40 * kills, "the children hardly lived"
+    assert witness.acknowledged > 20 * kills
+    assert witness.cleared > 2 * kills
     assert witness.found >= 0.99 * witness.acknowledged, vars(witness)
 
 
