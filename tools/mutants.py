@@ -79,7 +79,14 @@ MOVER_TESTS = (
 """What a mover that is not ours may do."""
 TRTLLM_TESTS = ("tests/trtllm",)
 """A simulated engine; needs torch."""
+FOLLOWING_TESTS = ("tests/unit/test_connector_following.py",)
+"""What an engine believes of the tiers."""
+TENANT_TESTS = ("tests/unit/test_runtime_tenants.py", "tests/unit/test_sim_traces.py")
+"""What tenants find of each other's, by a real daemon."""
 JUDGES = (
+    ("connectors/following.py", FOLLOWING_TESTS),
+    ("tokens/namespace.py", TENANT_TESTS),
+    ("runtime/messages.py", TENANT_TESTS),
     ("layout/", LAYOUT_TESTS),
     ("connectors/identity.py", LAYOUT_TESTS),
     ("connectors/trtllm/", TRTLLM_TESTS),
@@ -178,7 +185,7 @@ MUTANTS = (
     Mutant("a write never lets its blocks go", "manager/offload.py", "        write.end()\n        if", "        if"),
     Mutant("forget the floor", "manager/manager.py", "max(floor, newest_first[0].written if newest_first else 0)", "newest_first[0].written if newest_first else 0"),
     Mutant("a hold never expires", "manager/loading.py", "if not hold.acquired and now >= hold.expires", "if not hold.acquired and now < 0"),
-    Mutant("ignore the salt", "tokens/namespace.py", '_encode([("salt", salt)])', '_encode([("salt", "")])'),
+    Mutant("ignore the salt", "tokens/namespace.py", '[("salt", salt), ', '[("salt", ""), '),
     Mutant("ARC forgets its ghosts", "policy/arc.py", "            if key in once_ghosts or key in often_ghosts or key in returning:", "            if key in returning:"),
     Mutant("LRU-2 counts one use as two", "policy/lru2.py", "            earlier = last[slot] or recall(slot)", "            earlier = last[slot] or recall(slot) or uses"),
     Mutant("2Q keeps what only queued", "policy/twoq.py", "            elif place == _QUEUED:\n                self._queued_idle += 1\n", "            elif place == _QUEUED:\n                self._queued_idle += 1\n                queue.move_to_end(slot)\n"),
@@ -228,6 +235,12 @@ MUTANTS = (
     Mutant("save the last token", "connectors/trtllm/requests.py", "len(self.tokens) - 1)\n        return True\n", "len(self.tokens))\n        return True\n"),
     Mutant("leave out the adapter", "connectors/trtllm/requests.py", "        extra = self.identity.extra\n", '        extra = b""\n'),
     Mutant("an adapter's number is a name everywhere", "connectors/trtllm/requests.py", "_RUN + str(adapter)", 'b"" + str(adapter)'),
+    Mutant("what no room is left for stays believed", "connectors/following.py", "yield Moved(each, stored=False, names=[oldest.name])", "pass"),
+    Mutant("another daemon's blocks stay believed", "connectors/following.py", " or (up and session.epoch != self._epoch)", ""),
+    Mutant("a daemon that is gone is believed", "connectors/following.py", "(self._told and not up)", "False"),
+    Mutant("gone without having been told of", "connectors/following.py", "known is None or tier not in known.tiers", "known is None"),
+    Mutant("names without bound", "connectors/following.py", "if len(self._waiting) > self._known_max:", "if False:"),
+    Mutant("one turn reads the whole record", "connectors/following.py", "for _ in range(_ANSWERS_MAX)", "for _ in range(1 << 20)"),
     Mutant("tenants have one key", "tokens/namespace.py", '*([("tenant", tenant)] if tenant else [])', "*[]"),
     Mutant("tenants share always", "runtime/messages.py", '"" if self.share_tenants else tenant\n        return salted_key', '""\n        return salted_key'),
     Mutant("a key without the salt", "connectors/trtllm/lines.py", "self._key(tracked.identity.salt)", 'self._key("")'),
