@@ -23,17 +23,23 @@ def spent(call, times: int) -> float:
     return time.perf_counter() - began
 
 
-def test_it_rests_once_behind_each_step_that_computed_nothing(pace) -> None:
-    assert spent(pace.rest, 1000) < 0.5, "nobody knows yet that it is idle"
+def test_it_rests_once_a_step_where_the_last_ones_computed_nothing(pace) -> None:
+    assert spent(pace.rest, 200) < 0.2, "nobody knows yet that it is idle"
 
     def idle_step() -> None:
         pace.planned(computes=False)
         pace.rest()
         pace.rest()
 
-    assert spent(idle_step, 1000) >= 0.5
-    pace.planned(computes=True)
-    assert spent(pace.rest, 1000) < 0.5, "other requests are computed beside"
+    assert spent(idle_step, 101) >= 0.2
+
+    def busy_step() -> None:
+        pace.planned(computes=True)
+        pace.rest()
+        pace.planned(computes=False)
+        pace.rest()
+
+    assert spent(busy_step, 200) < 0.2, "another batch is under way"
 
 
 def test_a_request_that_waits_asks_the_daemon_now_and_then(engine_on, prompts, reference, tmp_path):

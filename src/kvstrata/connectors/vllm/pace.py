@@ -14,7 +14,8 @@ __all__ = ["ASK_AGAIN_S", "Pace"]
 
 ASK_AGAIN_S: Final = 0.002
 """Earlier the daemon is not asked again for the same request."""
-_REST_S: Final = 0.0005
+_IDLE_STEPS: Final = 2
+"""With several batches under way one step plans nothing while another one's tokens are awaited."""
 
 
 class Pace:
@@ -22,14 +23,20 @@ class Pace:
 
     def __init__(self) -> None:
         """Begin busy."""
-        self._idle = False
+        self._idle_steps = 0
+        self._rested = False
 
     def planned(self, *, computes: bool) -> None:
         """Note whether the step at hand computes anything."""
-        self._idle = not computes
+        self._idle_steps = 0 if computes else self._idle_steps + 1
+        self._rested = False
 
     def rest(self) -> None:
-        """Rest for a moment, at most once a step, if the step before computed nothing."""
-        if self._idle:
-            self._idle = False
-            time.sleep(_REST_S)
+        """Rest until the daemon can be asked again, once a step, if the last ones computed nothing.
+
+        Without it the steps themselves take a core from the daemon: on two, a hit of 23 MB on disk
+        took 60 ms instead of 25.
+        """
+        if self._idle_steps >= _IDLE_STEPS and not self._rested:
+            self._rested = True
+            time.sleep(ASK_AGAIN_S)
